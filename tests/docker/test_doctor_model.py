@@ -1,4 +1,4 @@
-"""The doctor tells whether the model can be had: from a folder, from the cache, or from the hub and with which token."""
+"""The doctor tells whether the model can be had: in a folder, in the cache, or at the hub and with which token."""
 
 import json
 

@@ -1,0 +1,86 @@
+"""The container's first step refuses a cache that cannot serve, in one line, and makes the demo model once."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ENTRYPOINT = Path(__file__).resolve().parents[2] / "vllm" / "entrypoint.py"
+SERVE = "import os, sys; print('serve', sys.argv[1:], os.environ['MODEL_NAME'], os.environ.get('SERVED_MODEL_NAME'))"
+MAKE_MODEL = """
+import pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+folder.mkdir()
+(folder / 'config.json').write_text('{}')
+print('made')
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Run the entry point beside a serve.py and a tiny_model.py that only say that they ran."""
+    for name, text in (("serve.py", SERVE), ("tiny_model.py", MAKE_MODEL), ("entrypoint.py", ENTRYPOINT.read_text())):
+        (tmp_path / name).write_text(text)
+
+    def run(**env):
+        caches = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf")}
+        command = [sys.executable, tmp_path / "entrypoint.py", "--check"]
+        return subprocess.run(command, env=caches | env, capture_output=True, text=True, timeout=60)
+
+    return run
+
+
+def refusal(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 2
+    assert "serve" not in done.stdout
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+def test_it_becomes_serve_with_its_arguments(start):
+    done = start(MODEL_NAME="org/name")
+    assert done.returncode == 0 and done.stdout == "serve ['--check'] org/name None\n"
+
+
+def test_the_demo_model_is_made_once_and_served_under_its_name(start, tmp_path):
+    first, second = start(MODEL_NAME="demo"), start(MODEL_NAME="demo")
+    line = f"serve ['--check'] {tmp_path}/cache/demo-model demo"
+    assert first.stdout.splitlines()[1:] == ["made", line]
+    assert second.stdout.splitlines() == [line]
+
+
+def test_a_demo_model_that_fails_leaves_nothing_that_looks_complete(start, tmp_path):
+    (tmp_path / "tiny_model.py").write_text(MAKE_MODEL + "\nsys.exit(3)")
+    assert "exit status 3" in start(MODEL_NAME="demo").stderr
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("variable, what", [("XDG_CACHE_HOME", "compile cache"), ("HF_HOME", "Hugging Face cache")])
+def test_an_unwritable_cache_is_named(start, variable, what):
+    line = refusal(start(MODEL_NAME="org/name", **{variable: "/proc/here"}))
+    assert f"/proc/here ({what}) cannot be written" in line and "mount a volume" in line
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small file system")
+@pytest.mark.parametrize("filled", [False, True], ids=["nearly-full", "full"])
+def test_a_full_disk_is_named(start, tmp_path, filled):
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a small file system")
+    try:
+        if filled:
+            (small / "filler").write_bytes(b"\0" * 2**20)
+        line = refusal(start(MODEL_NAME="org/name", XDG_CACHE_HOME=str(small)))
+        assert ("is full" if filled else "MiB are needed") in line and str(small) in line
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_a_model_already_in_the_cache_may_be_on_a_read_only_volume(start, tmp_path):
+    assert "cannot be written" in start(MODEL_NAME="org/name", HF_HOME="/proc/hf").stderr
+    model = tmp_path / "model"
+    model.mkdir()
+    assert start(MODEL_NAME=str(model), HF_HOME="/proc/hf").returncode == 0

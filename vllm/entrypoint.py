@@ -1,0 +1,97 @@
+"""What the container runs: look at its caches, make the small random model if asked for, become serve.py.
+
+A cache that cannot be written would end in a traceback minutes later, from inside a compiler; it is refused here, in
+one line and with exit status 2. MODEL_NAME=demo stands for a small random model, made once in the cache: the server
+then needs no GPU and no download. Arguments are serve.py's.
+"""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+DEMO_MODEL = "demo"
+LEAST_FREE = 256 * 2**20  # compiled kernels and graphs of one model
+
+
+class Refused(Exception):
+    """The container cannot serve like this; its text is the line the user reads."""
+
+
+def check_cache(folder: Path, what: str, least_free: int = LEAST_FREE) -> None:
+    """The folder is there, can be written, and has room.
+
+    Raises:
+        Refused: otherwise.
+    """
+    mend = f"mount a volume at {folder} that user {os.getuid()} can write"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\0" * 2**16)
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Refused(f"the disk of {folder} ({what}) is full: free some, or mount a larger volume there") from None
+        raise Refused(f"{folder} ({what}) cannot be written ({error.strerror}): {mend}") from None
+    free = shutil.disk_usage(folder).free
+    if free < least_free:
+        raise Refused(
+            f"the disk of {folder} ({what}) has {free >> 20} MiB left and {least_free >> 20} MiB are needed: "
+            "free some, or mount a larger volume there"
+        )
+
+
+def is_downloaded(model: str, hub_cache: Path) -> bool:
+    """The hub cache holds some version of the model; vLLM then needs no more than to read it."""
+    return any((hub_cache / f"models--{model.replace('/', '--')}" / "snapshots").glob("*/config.json"))
+
+
+def make_demo_model(folder: Path) -> None:
+    """Make the small random model where it is not there yet; an interrupted try leaves nothing that looks complete."""
+    if (folder / "config.json").is_file():
+        return
+    print(f"entrypoint: making the small random model in {folder}", flush=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
+        made = Path(unfinished, "model")
+        done = subprocess.run([sys.executable, HERE / "tiny_model.py", made])
+        if done.returncode != 0:
+            raise Refused(f"the small random model could not be made (exit status {done.returncode})")
+        made.rename(folder)
+
+
+def prepare(env: dict[str, str]) -> dict[str, str]:
+    """Check what the server will write to, and return the environment that it runs with.
+
+    Raises:
+        Refused: where it could not start.
+    """
+    cache = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    check_cache(cache, "compile cache")
+    model = env.get("MODEL_NAME", "").strip()
+    if model == DEMO_MODEL:
+        folder = cache / "demo-model"
+        make_demo_model(folder)
+        return env | {"MODEL_NAME": str(folder), "SERVED_MODEL_NAME": env.get("SERVED_MODEL_NAME") or DEMO_MODEL}
+    hub_cache = Path(env.get("HF_HOME") or cache / "huggingface") / "hub"
+    if not (model and Path(model).is_dir()) and not is_downloaded(model, hub_cache):
+        check_cache(hub_cache.parent, "Hugging Face cache")
+    return env
+
+
+def main() -> None:
+    try:
+        env = prepare(dict(os.environ))
+    except Refused as refusal:
+        print(f"entrypoint: {refusal}", file=sys.stderr)
+        raise SystemExit(2) from None
+    os.execve(sys.executable, [sys.executable, str(HERE / "serve.py"), *sys.argv[1:]], env)
+
+
+if __name__ == "__main__":
+    main()
