@@ -1,0 +1,241 @@
+"""The one file that knows vLLM's names: puts our kernels where vLLM's batch-invariant mode has its own.
+
+vLLM's mode (``VLLM_BATCH_INVARIANT=1``) stays on: attention, all-reduce and scheduling follow it. What is replaced is
+what costs it its speed or its bits: the linear layer, the norms, the aten operations, and on a CPU, where vLLM has no
+batch-invariant mode of its own, the linear layers' dispatch.
+
+Two ways lead here. ``vllm/sitecustomize.py`` calls :func:`patch` for each hooked module right after it ran, in every
+process, forked or spawned. The entry point ``vllm.general_plugins`` calls :func:`register`, for an installation by pip.
+
+A process that loads a model goes through vLLM's ``init_batch_invariance`` and ``Worker.load_model``. If anything here
+failed, or the check after loading does not hold, that process stops with one message: a server that is not batch
+invariant never answers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NoReturn
+
+from batch_invariant_ops._version import __version__
+
+SEAM_BY_RELEASE = {
+    "0.19.1": "vllm.model_executor.layers.batch_invariant",
+    "0.26.0": "vllm.model_executor.layers.batch_invariant",
+    "0.32.0": "vllm.model_executor.determinism.batch_invariant",
+}
+USERS_OF_THE_SEAM = (
+    "vllm.model_executor.layers.linear",
+    "vllm.model_executor.layers.layernorm",
+    "vllm.model_executor.layers.vocab_parallel_embedding",
+)
+REQUIRED_ENVIRONMENT = {"VLLM_BATCH_INVARIANT": "1", "VLLM_CPU_ATTN_SPLIT_KV": "0"}
+
+logger = logging.getLogger("batch_invariant_ops")
+_failure: str | None = None
+_patched: set[str] = set()
+
+
+def enabled() -> bool:
+    """Whether the switch ``BATCH_INVARIANT`` is on in this process."""
+    return os.environ.get("BATCH_INVARIANT") == "1"
+
+
+def supported_releases() -> list[str]:
+    return list(SEAM_BY_RELEASE)
+
+
+def register() -> None:
+    """vLLM's plugin entry point: patches what is there, and what vLLM copied from it before plugins were loaded."""
+    if not enabled():
+        return
+    for name in ("vllm.envs", _seam(), "vllm.model_executor.layers.utils", "vllm.v1.worker.gpu_worker"):
+        if name and name not in _patched:
+            patch(importlib.import_module(name))
+
+
+def patch(module: ModuleType) -> None:
+    """Replace the parts of one of vLLM's modules, named in the table below; a failure is kept for :func:`_require`."""
+    global _failure
+    _configure_logging()
+    if module.__name__ in _patched:
+        return
+    try:
+        _PATCHES[module.__name__](module)
+    except Exception as error:
+        _failure = f"{module.__name__} could not be patched: {error or type(error).__name__}"
+        logger.debug(_failure, exc_info=True)
+    _patched.add(module.__name__)
+    logger.debug("patched %s in process %d", module.__name__, os.getpid())
+
+
+def _release() -> str:
+    from vllm.version import __version__ as version
+
+    return version.split("+")[0]
+
+
+def _seam() -> str | None:
+    return SEAM_BY_RELEASE.get(_release())
+
+
+def _patch_envs(envs: ModuleType) -> None:
+    """Set the switches that vLLM's mode and the vendor's libraries read, before any of them is read."""
+    from batch_invariant_ops import vendor
+
+    for name, value in REQUIRED_ENVIRONMENT.items():
+        if os.environ.get(name, value) != value:
+            raise ValueError(f"{name}={os.environ[name]!r} contradicts BATCH_INVARIANT=1, which needs {value!r}")
+        os.environ[name] = value
+    vendor.set_environment()
+    if _seam() is None:
+        raise ValueError(f"vLLM {_release()} is not supported; supported releases: {', '.join(SEAM_BY_RELEASE)}")
+    # vLLM's compile cache is keyed by its environment variables: an entry of our own keeps a graph that was compiled
+    # with another version of these kernels from being used again.
+    envs.environment_variables["VLLM_BATCH_INVARIANT_OPS"] = lambda: __version__
+
+
+def _patch_seam(seam: ModuleType) -> None:
+    replacements: dict[str, Callable[..., Any]] = {
+        "init_batch_invariance": _init_batch_invariance,
+        "enable_batch_invariant_mode": _enable,
+        "linear_batch_invariant": linear,
+        "rms_norm_batch_invariant": rms_norm,
+    }
+    for name in replacements:
+        if not hasattr(seam, name):
+            raise AttributeError(f"vLLM {_release()} has no {seam.__name__}.{name}")
+    for name, ours in replacements.items():
+        theirs = getattr(seam, name)
+        setattr(seam, name, ours)
+        for user in filter(None, map(sys.modules.get, USERS_OF_THE_SEAM)):
+            if getattr(user, name, None) is theirs:
+                setattr(user, name, ours)
+        logger.debug("%s.%s is now %s.%s", seam.__name__, name, ours.__module__, ours.__qualname__)
+
+
+def _patch_layer_utils(utils: ModuleType) -> None:
+    """Put every unquantized linear layer on a CPU behind the proven op."""
+    dispatch = getattr(utils, "dispatch_cpu_unquantized_gemm", None)
+    if dispatch is None:
+        return
+
+    def dispatch_proven(layer: Any, remove_weight: bool) -> None:
+        from batch_invariant_ops.ops import proven
+
+        weight = layer.weight
+        if not enabled() or weight.is_meta or weight.ndim != 2:
+            return dispatch(layer, remove_weight)
+        (n, k), dtype = weight.shape, weight.dtype
+        dispatch(layer, remove_weight)
+        proof = proven.ProvenLinear(layer.cpu_linear, n, k, dtype, _windows_of(layer.cpu_linear, n, k, dtype))
+        bias = getattr(layer, "bias", None)
+        if (bias is not None) not in proof.windows:
+            proof.prove(layer.weight, bias)
+        number = proven.register(proof)
+        layer.cpu_linear = lambda x, weight, bias: proven.proven_linear(x, weight, bias, number, n)
+
+    utils.dispatch_cpu_unquantized_gemm = dispatch_proven
+
+
+def _windows_of(vendor: Callable[..., Any], n: int, k: int, dtype: Any) -> dict[bool, Any]:
+    """Windows shared by all layers of one shape that run the same vendor function: equal layers are proven once."""
+    return _shared_windows.setdefault((vendor.__code__, n, k, dtype), {})
+
+
+_shared_windows: dict[tuple[Any, ...], dict[bool, Any]] = {}
+
+
+def _patch_worker(worker: ModuleType) -> None:
+    """Check the operations on the real device once the model is loaded, and stop if they do not hold."""
+    load_model = worker.Worker.load_model
+
+    def load_model_and_check(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _require()
+        result = load_model(self, *args, **kwargs)
+        from batch_invariant_ops import selfcheck
+
+        report = selfcheck.run(self.device)
+        if not report.ok:
+            _stop(f"the self-check failed on {report.device}: {', '.join(report.failed)}")
+        logger.info(report.line())
+        return result
+
+    worker.Worker.load_model = load_model_and_check
+
+
+def _init_batch_invariance(*args: Any, **kwargs: Any) -> None:
+    """Stands in for vLLM's function of this name, which a worker calls before it touches its device."""
+    _require()
+    seam = sys.modules[str(_seam())]
+    seam.override_envs_for_invariance(*args, **kwargs)
+    _enable()
+
+
+def _enable() -> None:
+    """Stands in for vLLM's ``enable_batch_invariant_mode``."""
+    import torch
+
+    from batch_invariant_ops import vendor
+
+    vendor.prepare()
+    if torch.cuda.is_available():
+        from batch_invariant_ops import mode
+
+        mode.enable_batch_invariant_mode()
+
+
+def _require() -> None:
+    """Stop this process, which is about to load a model, unless everything that had to be patched was."""
+    if _failure:
+        _stop(_failure)
+    missing = {"vllm.envs", _seam()} - _patched
+    if missing:
+        _stop(f"not patched: {', '.join(sorted(map(str, missing)))}")
+
+
+def _stop(reason: str) -> NoReturn:
+    message = f"batch_invariant_ops {__version__}: refusing to serve without batch invariance: {reason}"
+    print(message, file=sys.stderr, flush=True)
+    raise SystemExit(message)
+
+
+def linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    """Stands in for vLLM's ``linear_batch_invariant``: y [..., N] = x [..., K] · weight [N, K]ᵀ + bias."""
+    import torch
+
+    return torch.ops.batch_invariant_ops.linear(x, weight, bias)
+
+
+def rms_norm(x: Any, weight: Any, eps: float = 1e-6, residual: Any = None) -> Any:
+    """Stands in for vLLM's ``rms_norm_batch_invariant``; with a residual, returns (norm, x + residual)."""
+    import torch
+
+    if residual is None:
+        return torch.ops.batch_invariant_ops.rms_norm(x, weight, eps)
+    return torch.ops.batch_invariant_ops.fused_add_rms_norm(x, residual, weight, eps)
+
+
+def _configure_logging() -> None:
+    if logger.handlers:
+        return
+    level = logging.getLevelName(os.environ.get("BATCH_INVARIANT_LOG", "info").upper())
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s batch_invariant_ops: %(message)s"))
+    logger.addHandler(handler)
+    logger.propagate = False
+    logger.setLevel(level if isinstance(level, int) else logging.INFO)
+
+
+_PATCHES: dict[str, Callable[[ModuleType], None]] = {
+    "vllm.envs": _patch_envs,
+    "vllm.model_executor.layers.batch_invariant": _patch_seam,
+    "vllm.model_executor.determinism.batch_invariant": _patch_seam,
+    "vllm.model_executor.layers.utils": _patch_layer_utils,
+    "vllm.v1.worker.gpu_worker": _patch_worker,
+}

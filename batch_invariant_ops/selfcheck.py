@@ -1,0 +1,88 @@
+"""The sample of the proof that every start repeats: each operation, on the real device, at several batch sizes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from batch_invariant_ops.proof import same_bits
+
+RowOperation = Callable[[torch.Tensor], torch.Tensor]
+BATCH_SIZES = (1, 2, 3, 4, 7, 16, 33, 64, 257)
+WIDTH = 1536
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the self-check found: the operations that kept their bits, and those that did not."""
+
+    device: str
+    passed: tuple[str, ...]
+    failed: tuple[str, ...]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        return not self.failed and bool(self.passed)
+
+    def line(self) -> str:
+        verdict = "passed" if self.ok else "FAILED: " + ", ".join(self.failed)
+        return f"self-check on {self.device}: {len(self.passed)} operations, {self.seconds:.1f} s: {verdict}"
+
+
+def keeps_bits(operation: RowOperation, x: torch.Tensor, batch_sizes: Iterable[int] = BATCH_SIZES) -> bool:
+    """Whether each row of x gives the same bits in a batch of every size, at its first, middle and last place.
+
+    Args:
+        operation: maps [M, K] to [M, ...], row by row.
+        x: [max M, K].
+    """
+    reference = operation(x)
+    for size in batch_sizes:
+        for start in {0, (len(x) - size) // 2, len(x) - size}:
+            if not same_bits(operation(x[start : start + size]), reference[start : start + size]):
+                return False
+    return True
+
+
+def operations(device: torch.device, dtype: torch.dtype) -> dict[str, RowOperation]:
+    """The operations that a served model runs, as they are reached in it."""
+    generator = torch.Generator(device=device).manual_seed(1)
+    weight = torch.randn(640, WIDTH, generator=generator, device=device).to(dtype)
+    bias = torch.randn(640, generator=generator, device=device).to(dtype)
+    scale = torch.randn(WIDTH, generator=generator, device=device).to(dtype)
+    ours = torch.ops.batch_invariant_ops
+    named: dict[str, RowOperation] = {
+        "log_softmax": lambda x: torch.log_softmax(x.float(), dim=-1),
+        "softmax": lambda x: torch.softmax(x.float(), dim=-1),
+    }
+    if device.type == "cuda":
+        named |= {
+            "rms_norm": lambda x: ours.rms_norm(x, scale, 1e-6),
+            "fused_add_rms_norm": lambda x: ours.fused_add_rms_norm(x, x, scale, 1e-6)[0],
+            "linear": lambda x: ours.linear(x, weight, None),
+            "linear with bias": lambda x: ours.linear(x, weight, bias),
+            "mm": lambda x: torch.mm(x, weight.t()),
+            "addmm": lambda x: torch.addmm(bias, x, weight.t()),
+            "mean": lambda x: torch.mean(x, dim=-1),
+        }
+    return named
+
+
+def run(device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> Report:
+    """Check every operation on the device; takes about a second."""
+    device = torch.device(device)
+    start = time.perf_counter()
+    generator = torch.Generator(device=device).manual_seed(0)
+    x = torch.randn(max(BATCH_SIZES), WIDTH, generator=generator, device=device).to(dtype)
+    verdicts = {name: keeps_bits(operation, x) for name, operation in operations(device, dtype).items()}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    return Report(
+        device=name,
+        passed=tuple(name for name, holds in verdicts.items() if holds),
+        failed=tuple(name for name, holds in verdicts.items() if not holds),
+        seconds=time.perf_counter() - start,
+    )
