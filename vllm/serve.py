@@ -1,0 +1,333 @@
+#!/usr/bin/env python3
+"""Start the deterministic, OpenAI-compatible vLLM server: read the environment, check it, run `vllm serve`.
+
+Every setting is an environment variable, so that a shell, Docker, Compose and Make set it the same way. A value that
+cannot work is refused before anything is started: one line that names the setting, its value and what is valid, and
+exit status 2. What will run is printed first. With --check, that is all.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import ipaddress
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SUPPORTED_RELEASES = ("0.19.1", "0.26.0", "0.32.0")
+GPU_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "FLEX_ATTENTION")
+DTYPES = ("auto", "bfloat16", "float16", "half", "float32", "float")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+OWN_FLAGS = {
+    "--host": "VLLM_HOST",
+    "--port": "VLLM_PORT",
+    "--api-key": "VLLM_API_KEY, which keeps the key out of the process list",
+    "--model": "MODEL_NAME",
+    "--max-model-len": "MAX_MODEL_LEN",
+    "--attention-backend": "VLLM_ATTENTION_BACKEND",
+    "--dtype": "DTYPE",
+    "--served-model-name": "SERVED_MODEL_NAME",
+    "--tensor-parallel-size": "TENSOR_PARALLEL_SIZE",
+    "-tp": "TENSOR_PARALLEL_SIZE",
+    "--gpu-memory-utilization": "GPU_MEMORY_UTILIZATION",
+}
+SWITCHES_OF_THE_MODE = {
+    "VLLM_BATCH_INVARIANT": "1",
+    "VLLM_CPU_ATTN_SPLIT_KV": "0",
+    "CUBLAS_WORKSPACE_CONFIG": ":16:8",
+    "CUBLASLT_WORKSPACE_SIZE": "1",
+}
+
+
+class BadSetting(ValueError):
+    """A setting that cannot work; its text is the line the user reads."""
+
+    def __init__(self, name: str, value: object, valid: str) -> None:
+        super().__init__(f"{name}={value!r} is not valid: {valid}")
+
+
+def whole_number(name: str, value: str, low: int, high: int, unit: str) -> int:
+    if not re.fullmatch(r"\d{1,12}", value) or not low <= int(value) <= high:
+        raise BadSetting(name, value, f"a whole number of {unit} from {low} to {high} is needed")
+    return int(value)
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise BadSetting(name, value, f"one of {', '.join(choices)} is needed")
+    return value
+
+
+@dataclass(frozen=True)
+class Installed:
+    """The vLLM in this Python: its release, and whether it is a CPU build."""
+
+    release: str
+    is_cpu: bool
+
+    @classmethod
+    def find(cls) -> "Installed":
+        for name in ("vllm", "vllm-cpu"):
+            try:
+                version = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+            return cls(version.split("+")[0], name == "vllm-cpu" or "+cpu" in version)
+        raise SystemExit(
+            f"serve: no vLLM is installed for {sys.executable}: install one of {', '.join(SUPPORTED_RELEASES)}, "
+            "or run `make demo`, which installs it for the CPU"
+        )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment asks for, checked; `None` leaves a choice to vLLM."""
+
+    model: str
+    host: str
+    port: int
+    batch_invariant: bool
+    attention_backend: str
+    max_model_len: int | None
+    tensor_parallel_size: int | None
+    gpu_memory_utilization: float | None
+    dtype: str | None
+    served_model_name: str | None
+    api_key_set: bool
+    extra_args: tuple[str, ...]
+
+    @classmethod
+    def read(cls, env: dict[str, str]) -> "Settings":
+        """Read and check every variable.
+
+        Raises:
+            BadSetting: for the first variable that cannot work.
+        """
+
+        def get(name: str, default: str = "") -> str:
+            return env.get(name, "").strip() or default
+
+        def optional(name: str, check: Callable[[str, str], object]):
+            return check(name, get(name)) if get(name) else None
+
+        one_of("BATCH_INVARIANT_LOG", get("BATCH_INVARIANT_LOG", "info"), LOG_LEVELS)
+        workspace = get("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+        if not re.fullmatch(r"(:\d+:\d+)+", workspace):
+            raise BadSetting("CUBLAS_WORKSPACE_CONFIG", workspace, "pairs :KiB:count are needed, like :16:8")
+        bind = get("VLLM_BIND")
+        host = get("VLLM_HOST", bind or "127.0.0.1")
+        check_exposure("VLLM_BIND" if bind else "VLLM_HOST", bind or host, bool(get("VLLM_API_KEY")))
+        model = checked_model(get("MODEL_NAME", "meta-llama/Llama-3.1-8B-Instruct"))
+        return cls(
+            model=model,
+            host=host,
+            port=whole_number("VLLM_PORT", get("VLLM_PORT", "8000"), 1, 65535, "a port number"),
+            batch_invariant=one_of("BATCH_INVARIANT", get("BATCH_INVARIANT", "1"), ("0", "1")) == "1",
+            attention_backend=one_of(
+                "VLLM_ATTENTION_BACKEND",
+                get("VLLM_ATTENTION_BACKEND", "auto"),
+                ("auto", *GPU_BACKENDS, "CPU_ATTN"),
+            ),
+            max_model_len=optional("MAX_MODEL_LEN", lambda n, v: checked_length(n, v, model)),
+            tensor_parallel_size=optional("TENSOR_PARALLEL_SIZE", lambda n, v: whole_number(n, v, 1, 1024, "GPUs")),
+            gpu_memory_utilization=optional("GPU_MEMORY_UTILIZATION", fraction),
+            dtype=optional("DTYPE", lambda n, v: one_of(n, v, DTYPES)),
+            served_model_name=get("SERVED_MODEL_NAME") or None,
+            api_key_set=bool(get("VLLM_API_KEY")),
+            extra_args=checked_extra_args(get("VLLM_EXTRA_ARGS")),
+        )
+
+
+def fraction(name: str, value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    if not 0 < number <= 1:
+        raise BadSetting(name, value, "a fraction of the GPU's memory above 0 and up to 1 is needed, like 0.9")
+    return number
+
+
+def check_exposure(name: str, host: str, has_key: bool) -> None:
+    """Whoever can reach the port can use the GPU: beyond this machine, a key is asked for."""
+    try:
+        local = host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        raise BadSetting(name, host, "an IP address of this machine is needed, like 127.0.0.1 or 0.0.0.0") from None
+    if not local and not has_key:
+        raise BadSetting(name, host, "an address beyond this machine needs VLLM_API_KEY to be set")
+
+
+def checked_model(name: str) -> str:
+    """A folder that holds a model, or a hub id: the folder is looked into here, the hub is vLLM's to ask."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise BadSetting("MODEL_NAME", name, "the folder holds no config.json, so it is no Hugging Face model")
+        return str(folder)
+    if name.startswith(("/", "./", "../", "~")):
+        raise BadSetting("MODEL_NAME", name, "there is no such folder; a folder or a hub id is needed")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII):
+        raise BadSetting("MODEL_NAME", name, "a folder or a hub id like meta-llama/Llama-3.1-8B-Instruct is needed")
+    return name
+
+
+def checked_length(name: str, value: str, model: str) -> int:
+    length = whole_number(name, value, 1, 10**9, "tokens")
+    config = Path(model) / "config.json"
+    if config.is_file() and os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN") != "1":
+        content = json.loads(config.read_text(encoding="utf-8"))
+        limit = content.get("text_config", content).get("max_position_embeddings")
+        if limit and length > limit and not content.get("rope_scaling"):
+            raise BadSetting(name, value, f"the model in {model} has {limit} positions, so at most {limit} is needed")
+    return length
+
+
+def checked_extra_args(text: str) -> tuple[str, ...]:
+    try:
+        arguments = tuple(shlex.split(text))
+    except ValueError as error:
+        raise BadSetting(
+            "VLLM_EXTRA_ARGS", text, f"{error}; arguments are needed as a shell would split them"
+        ) from None
+    for argument in arguments:
+        setting = OWN_FLAGS.get(argument.split("=")[0].replace("_", "-"))
+        if setting:
+            raise BadSetting("VLLM_EXTRA_ARGS", argument.split("=")[0], f"set {setting} instead")
+    return arguments
+
+
+def check_installed(settings: Settings, installed: Installed) -> None:
+    """Refuse what this release cannot do; without the mode, any release may serve."""
+    backend = settings.attention_backend
+    if installed.is_cpu and backend in GPU_BACKENDS:
+        raise BadSetting("VLLM_ATTENTION_BACKEND", backend, "this is vLLM's CPU build: auto or CPU_ATTN is needed")
+    if not installed.is_cpu and backend == "CPU_ATTN":
+        raise BadSetting(
+            "VLLM_ATTENTION_BACKEND", backend, f"this vLLM is built for GPUs: one of {GPU_BACKENDS} is needed"
+        )
+    if not settings.batch_invariant:
+        return
+    if installed.release not in SUPPORTED_RELEASES:
+        raise SystemExit(
+            f"serve: vLLM {installed.release} is not supported in batch-invariant mode: "
+            f"one of {', '.join(SUPPORTED_RELEASES)} is needed, or BATCH_INVARIANT=0 for plain vLLM"
+        )
+    if backend == "FLEX_ATTENTION" and installed.release == "0.19.1":
+        raise BadSetting(
+            "VLLM_ATTENTION_BACKEND",
+            backend,
+            "vLLM 0.19.1 refuses it in batch-invariant mode, because of an illegal memory access that it knows of; "
+            "FLASH_ATTN or TRITON_ATTN is needed, or the cuda13 stack, where it works",
+        )
+    if not installed.is_cpu and importlib.util.find_spec("triton") is None:
+        raise SystemExit("serve: Triton is not installed beside this torch: `pip install triton` is needed")
+
+
+def check_port(settings: Settings) -> None:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            raise BadSetting(
+                "VLLM_PORT", settings.port, f"{settings.host}:{settings.port} cannot be listened on ({error.strerror})"
+            ) from None
+
+
+def automatic_backend() -> str:
+    """FlashAttention with one KV split where the GPU has it (compute capability 8.0 and up), else Triton's."""
+    try:
+        answer = subprocess.run(
+            ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        capability = min(float(line) for line in answer.stdout.split())
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return "FLASH_ATTN"
+    return "FLASH_ATTN" if capability >= 8.0 else "TRITON_ATTN"
+
+
+def command(settings: Settings, installed: Installed) -> list[str]:
+    """The `vllm serve` that gives these settings; the API key and the token travel in the environment."""
+    argv = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", settings.model]
+    argv += ["--host", settings.host, "--port", str(settings.port)]
+    backend = settings.attention_backend
+    if backend == "auto" and settings.batch_invariant and not installed.is_cpu:
+        backend = automatic_backend()
+    if backend not in ("auto", "CPU_ATTN"):
+        argv += ["--attention-backend", backend]
+    for flag, value in (
+        ("--max-model-len", settings.max_model_len),
+        ("--tensor-parallel-size", settings.tensor_parallel_size),
+        ("--gpu-memory-utilization", settings.gpu_memory_utilization),
+        ("--dtype", settings.dtype),
+        ("--served-model-name", settings.served_model_name),
+    ):
+        if value is not None:
+            argv += [flag, str(value)]
+    return [*argv, *settings.extra_args]
+
+
+def environment(settings: Settings, env: dict[str, str]) -> dict[str, str]:
+    """The server's environment: the hook's folder on the path, and the mode's switches on, or off for the control."""
+    env = {name: value for name, value in env.items() if name != "VLLM_PORT"}  # to vLLM this is an internal port
+    own_path = [str(HERE)]
+    if importlib.util.find_spec("batch_invariant_ops") is None:
+        own_path.append(str(HERE.parent))
+    env["PYTHONPATH"] = os.pathsep.join([*own_path, *filter(None, [env.get("PYTHONPATH")])])
+    env.pop("VLLM_ATTENTION_BACKEND", None)
+    if settings.batch_invariant:
+        return env | {"BATCH_INVARIANT": "1"} | {name: env.get(name) or v for name, v in SWITCHES_OF_THE_MODE.items()}
+    return {name: v for name, v in env.items() if SWITCHES_OF_THE_MODE.get(name) != v} | {"BATCH_INVARIANT": "0"}
+
+
+def describe(settings: Settings, installed: Installed, argv: list[str]) -> str:
+    mode = "on" if settings.batch_invariant else "off: plain vLLM, whose answers may depend on the load"
+    build = "CPU build" if installed.is_cpu else "GPU build"
+    return "\n".join(
+        [
+            f"vLLM               {installed.release}, {build}",
+            f"batch invariance   {mode}",
+            f"model              {settings.model}",
+            f"address            http://{settings.host}:{settings.port}",
+            f"API key            {'asked for' if settings.api_key_set else 'none'}",
+            f"command            {shlex.join(argv)}",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="check the settings, print what would run, and stop")
+    arguments = parser.parse_args()
+    try:
+        settings = Settings.read(dict(os.environ))
+        installed = Installed.find()
+        check_installed(settings, installed)
+        check_port(settings)
+    except BadSetting as error:
+        print(f"serve: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except SystemExit as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    argv = command(settings, installed)
+    print(describe(settings, installed, argv), flush=True)
+    if not arguments.check:
+        os.execve(argv[0], argv, environment(settings, dict(os.environ)))
+
+
+if __name__ == "__main__":
+    main()
