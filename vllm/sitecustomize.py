@@ -16,6 +16,7 @@ HOOKED = {
     "vllm.model_executor.determinism.batch_invariant",
     "vllm.model_executor.layers.utils",
     "vllm.v1.worker.gpu_worker",
+    "vllm.v1.metrics.prometheus",
 }
 
 

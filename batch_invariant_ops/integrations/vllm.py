@@ -54,8 +54,8 @@ def register() -> None:
     """vLLM's plugin entry point: patches what is there, and what vLLM copied from it before plugins were loaded."""
     if not enabled():
         return
-    for name in ("vllm.envs", _seam(), "vllm.model_executor.layers.utils", "vllm.v1.worker.gpu_worker"):
-        if name and name not in _patched:
+    for name in _PATCHES:
+        if name not in _patched and name in {*_PATCHES} - {*SEAM_BY_RELEASE.values()} | {_seam()}:
             patch(importlib.import_module(name))
 
 
@@ -86,13 +86,14 @@ def _seam() -> str | None:
 
 def _patch_envs(envs: ModuleType) -> None:
     """Set the switches that vLLM's mode and the vendor's libraries read, before any of them is read."""
-    from batch_invariant_ops import vendor
+    from batch_invariant_ops import status, vendor
 
     for name, value in REQUIRED_ENVIRONMENT.items():
         if os.environ.get(name, value) != value:
             raise ValueError(f"{name}={os.environ[name]!r} contradicts BATCH_INVARIANT=1, which needs {value!r}")
         os.environ[name] = value
     vendor.set_environment()
+    status.announce()
     if _seam() is None:
         raise ValueError(f"vLLM {_release()} is not supported; supported releases: {', '.join(SEAM_BY_RELEASE)}")
     # vLLM's compile cache is keyed by its environment variables: an entry of our own keeps a graph that was compiled
@@ -158,15 +159,42 @@ def _patch_worker(worker: ModuleType) -> None:
     def load_model_and_check(self: Any, *args: Any, **kwargs: Any) -> Any:
         _require()
         result = load_model(self, *args, **kwargs)
-        from batch_invariant_ops import selfcheck
-
-        report = selfcheck.run(self.device)
-        if not report.ok:
-            _stop(f"the self-check failed on {report.device}: {', '.join(report.failed)}")
-        logger.info(report.line())
+        _check(self.device, self.model_runner.model)
         return result
 
     worker.Worker.load_model = load_model_and_check
+
+
+def _check(device: Any, model: Any) -> None:
+    """Prove the model's own linear layers, check every operation, tell the result, and stop if it does not hold."""
+    from batch_invariant_ops import selfcheck, status
+    from batch_invariant_ops.ops import linear as linear_op
+
+    if device.type == "cuda":
+        for module in model.modules():
+            weight = getattr(module, "weight", None)
+            if weight is not None and weight.dim() == 2 and hasattr(module, "quant_method"):
+                bias = None if getattr(module, "skip_bias_add", False) else getattr(module, "bias", None)
+                linear_op.prepare(weight, bias)
+    report = selfcheck.run(device)
+    status.write({"version": __version__, "vllm": _release(), "device": report.device, "ok": report.ok})
+    if not report.ok:
+        _stop(f"the self-check failed on {report.device}: {', '.join(report.failed)}")
+    logger.info(report.line())
+
+
+def _patch_metrics(prometheus: ModuleType) -> None:
+    """Add our gauges to the registry that `/metrics` shows."""
+    get_registry = prometheus.get_prometheus_registry
+
+    def get_registry_with_ours() -> Any:
+        from batch_invariant_ops.integrations import prometheus as ours
+
+        registry = get_registry()
+        ours.register(registry)
+        return registry
+
+    prometheus.get_prometheus_registry = get_registry_with_ours
 
 
 def _init_batch_invariance(*args: Any, **kwargs: Any) -> None:
@@ -238,4 +266,5 @@ _PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "vllm.model_executor.determinism.batch_invariant": _patch_seam,
     "vllm.model_executor.layers.utils": _patch_layer_utils,
     "vllm.v1.worker.gpu_worker": _patch_worker,
+    "vllm.v1.metrics.prometheus": _patch_metrics,
 }

@@ -133,7 +133,7 @@ if torch.cuda.is_available():
 
 def _vendor(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     mm, addmm = _vendor_kernels()
-    return mm.call_boxed(_CUDA, a, b) if bias is None else addmm.call_boxed(_CUDA, bias, a, b, 1, 1)
+    return mm.call_boxed(_CUDA, a, b) if bias is None else addmm.call_boxed(_CUDA, bias, a, b)
 
 
 def _linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:

@@ -29,7 +29,7 @@ class ProvenLinear:
     """One layer's vendor call and, for calls with and without bias, its window.
 
     Attributes:
-        vendor: y [M, N] = vendor(x [M, K], weight, bias); weight is whatever the layer passes, the vendor may ignore it.
+        vendor: y [M, N] = vendor(x [M, K], weight, bias); weight is what the layer passes, and may be ignored.
         n, k: output and input features.
         dtype: of x.
         windows: window by "has a bias".

@@ -1,0 +1,222 @@
+"""C = A·B + bias with bits that depend on no other row: the Triton GEMM that the numerics contract is written for.
+
+Each element is one fp32 sum with k ascending, never split; the bias joins in fp32; one rounding to the output type.
+Tiles are free to choose (:mod:`batch_invariant_ops.tiles`). On a CPU the vendor's GEMM runs on one constant number of
+rows at a time, so that it has no M to choose a kernel by.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from batch_invariant_ops import tiles
+from batch_invariant_ops.tiles import Tile
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the CPU form needs no Triton
+    triton = None
+
+SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CPU_ROWS = 16
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+if triton is not None:
+
+    @triton.jit
+    def _matmul_kernel(
+        a_ptr, b_ptr, bias_ptr, c_ptr,
+        M, N, K,
+        stride_az, stride_am, stride_ak,
+        stride_bz, stride_bk, stride_bn,
+        stride_cz, stride_cm, stride_cn,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+        EVEN_K: tl.constexpr, SWAP: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
+    ):  # fmt: skip
+        """c[m, n] = round(bias[n] + sum over k ascending of a[m, k]·b[k, n]), one tile of one batch entry a program."""
+        tile = tl.program_id(0)
+        tiles_m = tl.cdiv(M, BLOCK_M)
+        tiles_n = tl.cdiv(N, BLOCK_N)
+        in_group = GROUP_M * tiles_n
+        first_m = (tile // in_group) * GROUP_M
+        group_m = min(tiles_m - first_m, GROUP_M)
+        tile_m = first_m + (tile % in_group) % group_m
+        tile_n = (tile % in_group) // group_m
+
+        rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        ks = tl.arange(0, BLOCK_K)
+        entry = tl.program_id(1)
+        if WIDE:
+            rows = rows.to(tl.int64)
+            columns = columns.to(tl.int64)
+            ks = ks.to(tl.int64)
+            entry = entry.to(tl.int64)
+        # rows and columns beyond the edge compute a copy of row and column 0, which is never stored
+        safe_rows = tl.where(rows < M, rows, 0)
+        safe_columns = tl.where(columns < N, columns, 0)
+        a_ptr += entry * stride_az
+        b_ptr += entry * stride_bz
+        c_ptr += entry * stride_cz
+
+        if SWAP:
+            a_at = a_ptr + ks[:, None] * stride_ak + safe_rows[None, :] * stride_am
+            b_at = b_ptr + safe_columns[:, None] * stride_bn + ks[None, :] * stride_bk
+            sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        else:
+            a_at = a_ptr + safe_rows[:, None] * stride_am + ks[None, :] * stride_ak
+            b_at = b_ptr + ks[:, None] * stride_bk + safe_columns[None, :] * stride_bn
+            sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+
+        for k in range(0, tl.cdiv(K, BLOCK_K)):
+            if EVEN_K:
+                a = tl.load(a_at)
+                b = tl.load(b_at)
+            else:
+                inside = ks < K - k * BLOCK_K
+                if SWAP:
+                    a = tl.load(a_at, mask=inside[:, None], other=0.0)
+                    b = tl.load(b_at, mask=inside[None, :], other=0.0)
+                else:
+                    a = tl.load(a_at, mask=inside[None, :], other=0.0)
+                    b = tl.load(b_at, mask=inside[:, None], other=0.0)
+            if SWAP:
+                sums = tl.dot(b, a, sums, input_precision="ieee")
+            else:
+                sums = tl.dot(a, b, sums, input_precision="ieee")
+            a_at += BLOCK_K * stride_ak
+            b_at += BLOCK_K * stride_bk
+
+        if SWAP:
+            if HAS_BIAS:
+                bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
+                sums += bias[:, None]
+            c_at = c_ptr + columns[:, None] * stride_cn + rows[None, :] * stride_cm
+            tl.store(c_at, sums.to(c_ptr.dtype.element_ty), mask=(columns < N)[:, None] & (rows < M)[None, :])
+        else:
+            if HAS_BIAS:
+                bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
+                sums += bias[None, :]
+            c_at = c_ptr + rows[:, None] * stride_cm + columns[None, :] * stride_cn
+            tl.store(c_at, sums.to(c_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
+
+
+def gemm(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, *, tile: Tile | None = None
+) -> torch.Tensor:
+    """a [M, K] · b [K, N] + bias [N] → [M, N], all of one type of fp32, bf16 and fp16, any strides.
+
+    Raises:
+        ValueError: shapes, types or devices that do not go together.
+    """
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
+        raise ValueError(f"Incompatible dimensions: a is {list(a.shape)}, b is {list(b.shape)}")
+    if bias is not None and list(bias.shape) != [b.shape[1]]:
+        raise ValueError(f"Incompatible dimensions: bias is {list(bias.shape)}, N is {b.shape[1]}")
+    return _run(a[None], b[None], bias, tile)[0]
+
+
+def bmm(a: torch.Tensor, b: torch.Tensor, *, tile: Tile | None = None) -> torch.Tensor:
+    """a [Z, M, K] · b [Z, K, N] → [Z, M, N]: the same sums as :func:`gemm`, entry by entry.
+
+    Raises:
+        ValueError: shapes, types or devices that do not go together.
+    """
+    if a.dim() != 3 or b.dim() != 3 or a.shape[0] != b.shape[0] or a.shape[2] != b.shape[1]:
+        raise ValueError(f"Incompatible dimensions: a is {list(a.shape)}, b is {list(b.shape)}")
+    return _run(a, b, None, tile)
+
+
+def matmul_persistent(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """:func:`gemm` under the name and with the arguments that Thinking Machines' package gives it.
+
+    Raises:
+        AssertionError: shapes or types that do not go together, as there.
+    """
+    assert a.shape[1] == b.shape[0], "Incompatible dimensions"
+    assert a.dtype == b.dtype, "Incompatible dtypes"
+    assert bias is None or bias.dim() == 1, "the bias must be one-dimensional"
+    return gemm(a, b, bias)
+
+
+def _run(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, tile: Tile | None) -> torch.Tensor:
+    for what, tensor in (("b", b), ("bias", bias)):
+        if tensor is not None and (tensor.dtype, tensor.device) != (a.dtype, a.device):
+            raise ValueError(
+                f"a is {a.dtype} on {a.device}, {what} is {tensor.dtype} on {tensor.device}: they must be alike"
+            )
+    if a.dtype not in SUPPORTED_DTYPES:
+        raise ValueError(f"{a.dtype} is not supported: one of {', '.join(map(str, SUPPORTED_DTYPES))} is needed")
+    entries, num_rows, depth = a.shape
+    num_columns = b.shape[2]
+    if min(entries, num_rows, num_columns, depth) == 0:
+        c = a.new_zeros(entries, num_rows, num_columns)
+        return c if bias is None else c + bias
+    if a.device.type == "cpu" and not _interpreted():
+        return _on_cpu(a, b, bias)
+    if triton is None:
+        raise RuntimeError(f"a GEMM on {a.device} needs Triton, which is not installed: `pip install triton`")
+    return _launch(a, b, bias, tile or tiles.choose(num_rows, a.dtype, _capability(a.device)))
+
+
+def _launch(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, tile: Tile) -> torch.Tensor:
+    entries, num_rows, depth = a.shape
+    num_columns = b.shape[2]
+    c = a.new_empty(entries, num_rows, num_columns)
+    extents = (t.numel() if t.is_contiguous() else _extent(t) for t in (a, b, c))
+    with torch.cuda.device(a.device) if a.is_cuda else _nothing():
+        _matmul_kernel[(triton.cdiv(num_rows, tile.m) * triton.cdiv(num_columns, tile.n), entries)](
+            a, b, bias, c,
+            num_rows, num_columns, depth,
+            *a.stride(), *b.stride(), *c.stride(),
+            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=tile.group,
+            EVEN_K=depth % tile.k == 0, SWAP=tile.swap, HAS_BIAS=bias is not None, WIDE=max(extents) >= 2**31,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return c
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Elements between a tensor's first and last, plus one: what an offset into it must be able to hold."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+class _nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+
+def _interpreted() -> bool:
+    return triton is not None and triton.knobs.runtime.interpret
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+@functools.cache
+def _cpu_kernels() -> tuple[torch._C._SafeKernelFunction, torch._C._SafeKernelFunction]:
+    """aten's own mm and addmm; taken when this module is imported, before a mode can replace them."""
+    return torch.library.get_kernel("aten::mm", "CPU"), torch.library.get_kernel("aten::addmm", "CPU")
+
+
+_cpu_kernels()
+
+
+def _on_cpu(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    mm, addmm = _cpu_kernels()
+    entries, num_rows, _ = a.shape
+    padded = torch.nn.functional.pad(a, (0, 0, 0, -num_rows % CPU_ROWS)).contiguous()
+    c = a.new_empty(entries, padded.shape[1], b.shape[2])
+    for entry in range(entries):
+        for start in range(0, padded.shape[1], CPU_ROWS):
+            rows = padded[entry, start : start + CPU_ROWS]
+            c[entry, start : start + CPU_ROWS] = (
+                mm.call_boxed(_CPU, rows, b[entry]) if bias is None else addmm.call_boxed(_CPU, bias, rows, b[entry])
+            )
+    return c[:, :num_rows]
