@@ -1,12 +1,14 @@
-"""What the container runs: look at its caches, make the small random model if asked for, become serve.py.
+"""What the container runs: look at its caches, ask the hub for the model, become serve.py.
 
-A cache that cannot be written would end in a traceback minutes later, from inside a compiler; it is refused here, in
-one line and with exit status 2. MODEL_NAME=demo stands for a small random model, made once in the cache: the server
-then needs no GPU and no download. Arguments are serve.py's.
+A cache that cannot be written, or a model that the hub does not give, would end in a traceback much later, from deep
+inside vLLM; it is refused here, in one line and with exit status 2. MODEL_NAME=demo stands for a small random model,
+made once in the cache: the server then needs no GPU and no download. Arguments are serve.py's.
 """
 
 import errno
+import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 DEMO_MODEL = "demo"
+DEFAULT_MODEL = "meta-llama/Llama-3.1-8B-Instruct"  # serve.py's
 LEAST_FREE = 256 * 2**20  # compiled kernels and graphs of one model
 
 
@@ -52,6 +55,34 @@ def is_downloaded(model: str, hub_cache: Path) -> bool:
     return any((hub_cache / f"models--{model.replace('/', '--')}" / "snapshots").glob("*/config.json"))
 
 
+def ask_hub_for(model: str) -> None:
+    """Fetch the model's config.json, a download of a few KB that shows whether the large one can work.
+
+    Raises:
+        Refused: with the reason, where the hub does not give it.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each retry
+    try:
+        huggingface_hub.hf_hub_download(model, "config.json")
+    except errors.GatedRepoError:
+        raise Refused(f"MODEL_NAME={model!r} is gated: ask for access on its page, then set HF_TOKEN") from None
+    except errors.RepositoryNotFoundError:
+        raise Refused(
+            f"MODEL_NAME={model!r} is not at the hub, or private: a hub id that exists is needed, or HF_TOKEN for it"
+        ) from None
+    except errors.EntryNotFoundError as error:
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            raise Refused(
+                f"MODEL_NAME={model!r} is not in the cache, and the hub cannot be reached: "
+                "check the network and HF_TOKEN, or mount a folder with the model at /models"
+            ) from None
+    except errors.HfHubHTTPError as error:
+        raise Refused(f"the hub refused MODEL_NAME={model!r}: {str(error).splitlines()[0]}") from None
+
+
 def make_demo_model(folder: Path) -> None:
     """Make the small random model where it is not there yet; an interrupted try leaves nothing that looks complete."""
     if (folder / "config.json").is_file():
@@ -73,14 +104,16 @@ def prepare(env: dict[str, str]) -> dict[str, str]:
     """
     cache = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     check_cache(cache, "compile cache")
-    model = env.get("MODEL_NAME", "").strip()
+    model = env.get("MODEL_NAME", "").strip() or DEFAULT_MODEL
     if model == DEMO_MODEL:
         folder = cache / "demo-model"
         make_demo_model(folder)
         return env | {"MODEL_NAME": str(folder), "SERVED_MODEL_NAME": env.get("SERVED_MODEL_NAME") or DEMO_MODEL}
     hub_cache = Path(env.get("HF_HOME") or cache / "huggingface") / "hub"
-    if not (model and Path(model).is_dir()) and not is_downloaded(model, hub_cache):
+    if not Path(model).is_dir() and not is_downloaded(model, hub_cache):
         check_cache(hub_cache.parent, "Hugging Face cache")
+        if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+            ask_hub_for(model)
     return env
 
 

@@ -18,14 +18,38 @@ print('made')
 """
 
 
+HUB = """
+import os
+from huggingface_hub import errors
+
+def hf_hub_download(model, name):
+    kind = os.environ.get('HUB_ANSWERS')
+    if kind:
+        raise getattr(errors, kind)('the hub said ' + kind)
+"""
+ERRORS = """
+class HfHubHTTPError(Exception): pass
+class RepositoryNotFoundError(HfHubHTTPError): pass
+class GatedRepoError(RepositoryNotFoundError): pass
+class EntryNotFoundError(Exception): pass
+class LocalEntryNotFoundError(EntryNotFoundError): pass
+"""
+
+
 @pytest.fixture
 def start(tmp_path):
-    """Run the entry point beside a serve.py and a tiny_model.py that only say that they ran."""
+    """Run the entry point beside a serve.py and a tiny_model.py that only say that they ran, and a hub that answers
+    as HUB_ANSWERS tells."""
+    hub = tmp_path / "site" / "huggingface_hub"
+    hub.mkdir(parents=True)
+    (hub / "__init__.py").write_text(HUB)
+    (hub / "errors.py").write_text(ERRORS)
     for name, text in (("serve.py", SERVE), ("tiny_model.py", MAKE_MODEL), ("entrypoint.py", ENTRYPOINT.read_text())):
         (tmp_path / name).write_text(text)
 
     def run(**env):
         caches = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf")}
+        caches |= {"PYTHONPATH": str(tmp_path / "site")}
         command = [sys.executable, tmp_path / "entrypoint.py", "--check"]
         return subprocess.run(command, env=caches | env, capture_output=True, text=True, timeout=60)
 
@@ -84,3 +108,28 @@ def test_a_model_already_in_the_cache_may_be_on_a_read_only_volume(start, tmp_pa
     model = tmp_path / "model"
     model.mkdir()
     assert start(MODEL_NAME=str(model), HF_HOME="/proc/hf").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "answer, words",
+    [
+        ("GatedRepoError", "set HF_TOKEN"),
+        ("RepositoryNotFoundError", "not at the hub"),
+        ("LocalEntryNotFoundError", "cannot be reached"),
+        ("HfHubHTTPError", "the hub said HfHubHTTPError"),
+    ],
+)
+def test_a_model_that_the_hub_does_not_give_is_refused_in_one_line(start, answer, words):
+    line = refusal(start(MODEL_NAME="org/name", HUB_ANSWERS=answer))
+    assert words in line and "org/name" in line
+
+
+def test_a_model_without_config_json_is_for_vllm_to_judge(start):
+    assert start(MODEL_NAME="org/name", HUB_ANSWERS="EntryNotFoundError").returncode == 0
+
+
+def test_the_hub_is_not_asked_for_a_downloaded_model(start, tmp_path):
+    snapshot = tmp_path / "hf" / "hub" / "models--org--name" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    assert start(MODEL_NAME="org/name", HUB_ANSWERS="LocalEntryNotFoundError").returncode == 0
