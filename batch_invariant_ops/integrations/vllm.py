@@ -84,6 +84,10 @@ def _seam() -> str | None:
     return SEAM_BY_RELEASE.get(_release())
 
 
+def _unsupported() -> str:
+    return f"vLLM {_release()} is not supported; supported releases: {', '.join(SEAM_BY_RELEASE)}"
+
+
 def _patch_envs(envs: ModuleType) -> None:
     """Set the switches that vLLM's mode and the vendor's libraries read, before any of them is read."""
     from batch_invariant_ops import status, vendor
@@ -95,7 +99,7 @@ def _patch_envs(envs: ModuleType) -> None:
     vendor.set_environment()
     status.announce()
     if _seam() is None:
-        raise ValueError(f"vLLM {_release()} is not supported; supported releases: {', '.join(SEAM_BY_RELEASE)}")
+        raise ValueError(_unsupported())
     # vLLM's compile cache is keyed by its environment variables: an entry of our own keeps a graph that was compiled
     # with another version of these kernels from being used again.
     envs.environment_variables["VLLM_BATCH_INVARIANT_OPS"] = lambda: __version__
@@ -222,6 +226,8 @@ def _require() -> None:
     """Stop this process, which is about to load a model, unless everything that had to be patched was."""
     if _failure:
         _stop(_failure)
+    if _seam() is None:
+        _stop(_unsupported())
     missing = {"vllm.envs", _seam()} - _patched
     if missing:
         _stop(f"not patched: {', '.join(sorted(map(str, missing)))}")
@@ -230,7 +236,7 @@ def _require() -> None:
 def _stop(reason: str) -> NoReturn:
     message = f"batch_invariant_ops {__version__}: refusing to serve without batch invariance: {reason}"
     print(message, file=sys.stderr, flush=True)
-    raise SystemExit(message)
+    raise SystemExit(70)
 
 
 def linear(x: Any, weight: Any, bias: Any = None) -> Any:

