@@ -19,7 +19,7 @@ VLLM_READY_SECONDS ?= 3600
 server_settings := MODEL_NAME MAX_MODEL_LEN HF_TOKEN HF_ENDPOINT HF_HUB_OFFLINE VLLM_ATTENTION_BACKEND VLLM_BIND \
   CUBLAS_WORKSPACE_CONFIG VLLM_API_KEY BATCH_INVARIANT BATCH_INVARIANT_LOG BATCH_INVARIANT_GEMM \
   BATCH_INVARIANT_ALLOW_UNPROVEN TENSOR_PARALLEL_SIZE GPU_MEMORY_UTILIZATION DTYPE SERVED_MODEL_NAME VLLM_EXTRA_ARGS \
-  VLLM_CPU_KVCACHE_SPACE
+  VLLM_CPU_KVCACHE_SPACE DRAIN_SECONDS
 
 # A model's folder is mounted below /models; anything else is a name for the hub, or demo.
 model_folder := $(if $(wildcard $(VLLM_MODEL)/config.json),$(abspath $(VLLM_MODEL)))
@@ -48,7 +48,7 @@ gpus := $(if $(filter cpu,$(STACK)),,--gpus all)
 run = docker run --name $(VLLM_CONTAINER) $(gpus) -p $(VLLM_BIND):$(VLLM_PORT):8000 --shm-size $(VLLM_SHM_SIZE) \
   -v "$(run_cache):/root/.cache/huggingface" -v vllm-batch-invariant-$(subst :,-,$(run_user)):/var/cache/batch-invariant \
   $(if $(VLLM_MODELS),-v "$(VLLM_MODELS):/models:ro") $(foreach name,$(server_settings),-e $(name)) \
-  --init --user $(run_user) --read-only --tmpfs /tmp:exec,mode=1777 --cap-drop ALL --security-opt no-new-privileges
+  --user $(run_user) --read-only --tmpfs /tmp:exec,mode=1777 --cap-drop ALL --security-opt no-new-privileges
 
 .PHONY: vllm-build vllm-run vllm-run-detached vllm-compose-up vllm-compose-up-detached vllm-compose-down \
   vllm-compose-logs vllm-test vllm-stop vllm-logs vllm-shell vllm-info vllm-push vllm-doctor test-docker \
@@ -105,7 +105,7 @@ vllm-test: vllm-settings ## Wait until the server is ready, then test that it is
 
 vllm-stop: ## Stop and remove the container
 	@if docker inspect $(VLLM_CONTAINER) >/dev/null 2>&1; then \
-	  docker stop -t 30 $(VLLM_CONTAINER) >/dev/null && { docker rm $(VLLM_CONTAINER) >/dev/null 2>&1 || true; } \
+	  docker stop -t $$(($${DRAIN_SECONDS:-5} + 10)) $(VLLM_CONTAINER) >/dev/null && { docker rm $(VLLM_CONTAINER) >/dev/null 2>&1 || true; } \
 	  && echo "stopped $(VLLM_CONTAINER)"; else echo "there is no container $(VLLM_CONTAINER)"; fi
 
 vllm-logs: ## Follow the container's log

@@ -1,4 +1,4 @@
-"""What the container runs: look at its caches, ask the hub for the model, become serve.py.
+"""What the container runs: look at its caches, ask the hub for the model, run serve.py.
 
 A cache that cannot be written, or a model that the hub does not give, would end in a traceback much later, from deep
 inside vLLM; it is refused here, in one line and with exit status 2. MODEL_NAME=demo stands for a small random model,
@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import supervisor
 
 HERE = Path(__file__).resolve().parent
 DEMO_MODEL = "demo"
@@ -96,12 +98,27 @@ def make_demo_model(folder: Path) -> None:
         made.rename(folder)
 
 
+def drain_seconds(env: dict[str, str]) -> int:
+    """How long requests in flight may take to end once the container is stopped."""
+    text = env.get("DRAIN_SECONDS", "").strip() or "5"
+    if not re.fullmatch(r"\d{1,5}", text) or int(text) == 0:
+        raise Refused(f"DRAIN_SECONDS={text!r} is not valid: a whole number of seconds from 1 to 99999 is needed")
+    return int(text)
+
+
+def with_drain(extra_args: str, seconds: int) -> str:
+    if "--shutdown-timeout" in extra_args.replace("_", "-"):
+        raise Refused("VLLM_EXTRA_ARGS='--shutdown-timeout' is not valid: set DRAIN_SECONDS instead")
+    return f"--shutdown-timeout {seconds} {extra_args}".strip()
+
+
 def prepare(env: dict[str, str]) -> dict[str, str]:
     """Check what the server will write to, and return the environment that it runs with.
 
     Raises:
         Refused: where it could not start.
     """
+    env = env | {"VLLM_EXTRA_ARGS": with_drain(env.get("VLLM_EXTRA_ARGS", ""), drain_seconds(env))}
     cache = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     check_cache(cache, "compile cache")
     model = env.get("MODEL_NAME", "").strip() or DEFAULT_MODEL
@@ -123,7 +140,8 @@ def main() -> None:
     except Refused as refusal:
         print(f"entrypoint: {refusal}", file=sys.stderr)
         raise SystemExit(2) from None
-    os.execve(sys.executable, [sys.executable, str(HERE / "serve.py"), *sys.argv[1:]], env)
+    command = [sys.executable, str(HERE / "serve.py"), *sys.argv[1:]]
+    raise SystemExit(supervisor.run(command, env, drain_seconds(env)))
 
 
 if __name__ == "__main__":

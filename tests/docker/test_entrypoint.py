@@ -1,4 +1,4 @@
-"""The container's first step refuses a cache that cannot serve, in one line, and makes the demo model once."""
+"""The container's main process refuses a cache that cannot serve, in one line, and makes the demo model once."""
 
 import os
 import subprocess
@@ -44,8 +44,10 @@ def start(tmp_path):
     hub.mkdir(parents=True)
     (hub / "__init__.py").write_text(HUB)
     (hub / "errors.py").write_text(ERRORS)
-    for name, text in (("serve.py", SERVE), ("tiny_model.py", MAKE_MODEL), ("entrypoint.py", ENTRYPOINT.read_text())):
+    for name, text in (("serve.py", SERVE), ("tiny_model.py", MAKE_MODEL)):
         (tmp_path / name).write_text(text)
+    for name in ("entrypoint.py", "supervisor.py"):
+        (tmp_path / name).write_text((ENTRYPOINT.parent / name).read_text())
 
     def run(**env):
         caches = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf")}
@@ -133,3 +135,15 @@ def test_the_hub_is_not_asked_for_a_downloaded_model(start, tmp_path):
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
     assert start(MODEL_NAME="org/name", HUB_ANSWERS="LocalEntryNotFoundError").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "setting", [{"DRAIN_SECONDS": "soon"}, {"DRAIN_SECONDS": "0"}, {"VLLM_EXTRA_ARGS": "--shutdown_timeout=9"}]
+)
+def test_a_drain_that_cannot_be_understood_is_refused(start, setting):
+    assert "DRAIN_SECONDS" in refusal(start(MODEL_NAME="org/name", **setting))
+
+
+def test_serve_is_told_how_long_to_drain(start, tmp_path):
+    (tmp_path / "serve.py").write_text("import os; print(os.environ['VLLM_EXTRA_ARGS'])")
+    assert start(MODEL_NAME="org/name", VLLM_EXTRA_ARGS="--foo 1").stdout == "--shutdown-timeout 5 --foo 1\n"
