@@ -23,7 +23,7 @@ server_settings := MODEL_NAME MAX_MODEL_LEN HF_TOKEN HF_ENDPOINT HF_HUB_OFFLINE 
 
 # A model's folder is mounted below /models; anything else is a name for the hub, or demo.
 model_folder := $(if $(wildcard $(VLLM_MODEL)/config.json),$(abspath $(VLLM_MODEL)))
-override MODEL_NAME := $(if $(model_folder),/models/$(notdir $(model_folder)),$(VLLM_MODEL))
+served_model := $(if $(model_folder),/models/$(notdir $(model_folder)),$(VLLM_MODEL))
 VLLM_MODELS ?= $(if $(model_folder),$(patsubst %/,%,$(dir $(model_folder))))
 
 # The container runs as whoever owns the Hugging Face cache: compose's own volume suits any user.
@@ -31,10 +31,15 @@ compose_user = $(if $(HF_CACHE),$(shell id -u):$(shell id -g),1000:1000)
 run_cache = $(or $(HF_CACHE),$(HOME)/.cache/huggingface)
 run_user = $(or $(VLLM_USER),$(shell id -u):$(shell id -g))
 
-export $(foreach name,STACK VLLM_IMAGE VLLM_CONTAINER VLLM_MODEL VLLM_MODELS VLLM_PORT VLLM_SHM_SIZE HF_CACHE \
-  $(server_settings),$(if $(value $(name)),$(name)))
-export DOCKER_BUILDKIT := 1
-export COMPOSE_DOCKER_CLI_BUILD := 1
+# For these targets alone: what else the Makefile runs sees its own environment.
+define hand_over
+vllm-%: export $(1) := $$($(1))
+endef
+$(foreach name,STACK VLLM_IMAGE VLLM_CONTAINER VLLM_MODEL VLLM_MODELS VLLM_PORT VLLM_SHM_SIZE HF_CACHE $(server_settings),\
+  $(if $(value $(name)),$(eval $(call hand_over,$(name)))))
+vllm-%: override export MODEL_NAME := $(served_model)
+vllm-%: export DOCKER_BUILDKIT := 1
+vllm-%: export COMPOSE_DOCKER_CLI_BUILD := 1
 
 vllm_python = $(firstword $(wildcard .venv/bin/python) python3)
 vllm_url = http://$(if $(filter 0.0.0.0 localhost,$(VLLM_BIND)),127.0.0.1,$(VLLM_BIND)):$(VLLM_PORT)
@@ -46,7 +51,7 @@ services = $(if $(MONITORING),--profile monitoring up,up) $(if $(NO_BUILD),--no-
 monitors := $(if $(MONITORING),prometheus grafana)
 gpus := $(if $(filter cpu,$(STACK)),,--gpus all)
 run = docker run --name $(VLLM_CONTAINER) $(gpus) -p $(VLLM_BIND):$(VLLM_PORT):8000 --shm-size $(VLLM_SHM_SIZE) \
-  -v "$(run_cache):/root/.cache/huggingface" -v vllm-batch-invariant-$(subst :,-,$(run_user)):/var/cache/batch-invariant \
+  -v "$(run_cache):/root/.cache/huggingface" -v $(VLLM_CONTAINER)-$(subst :,-,$(run_user)):/var/cache/batch-invariant \
   $(if $(VLLM_MODELS),-v "$(VLLM_MODELS):/models:ro") $(foreach name,$(server_settings),-e $(name)) \
   --user $(run_user) --read-only --tmpfs /tmp:exec,mode=1777 --cap-drop ALL --security-opt no-new-privileges
 

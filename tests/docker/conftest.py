@@ -1,5 +1,7 @@
-"""Fixtures of the deployment's tests."""
+"""Fixtures of the deployment's tests: a faked host for the doctor, and the kit on a real engine."""
 
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,9 +10,49 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # importlib mode puts no test folder on the path
 
 from fake_host import Host
+from kit import NAME, Kit, inspect
 
 
 @pytest.fixture
 def host(tmp_path):
     """A machine on which everything is well, until a test replaces a tool."""
     return Host(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def engine():
+    """A Docker engine that answers; without one, what needs it is skipped and says so."""
+    if shutil.which("docker") is None:
+        pytest.skip("docker is not installed")
+    answer = subprocess.run(["docker", "info"], capture_output=True, text=True, timeout=60)
+    if answer.returncode != 0:
+        pytest.skip("no Docker engine answers")
+
+
+@pytest.fixture(scope="session")
+def kit(engine, tmp_path_factory):
+    """The kit with the CPU stack's image built."""
+    kit = Kit(tmp_path_factory.mktemp("kit"))
+    kit.clean()
+    kit.make("vllm-build", timeout=1500)
+    yield kit
+    kit.clean()
+
+
+@pytest.fixture
+def server(kit):
+    """The kit with its Compose server ready; one server serves all tests, and is started again where one ended it."""
+    if inspect(NAME, "{{.State.Running}}") != "true":
+        kit.make("vllm-stop")
+        kit.make("vllm-compose-up-detached", "NO_BUILD=1")
+    kit.wait_ready()
+    return kit
+
+
+@pytest.fixture
+def nothing_running(kit):
+    """The kit with no container of its own."""
+    kit.make("vllm-compose-down")
+    kit.make("vllm-stop")
+    yield kit
+    kit.make("vllm-stop")

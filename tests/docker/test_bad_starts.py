@@ -1,0 +1,62 @@
+"""A start that cannot work says so in one line, ends with a failure, and is not tried again at full speed."""
+
+import itertools
+import json
+
+import pytest
+from kit import IMAGE, NAME, docker, inspect, wait_until
+
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(600)]
+DEMO = ("-e", "MODEL_NAME=demo")
+
+
+@pytest.fixture
+def start(nothing_running):
+    """Run the image with docker's own options; its exit status and what it logged."""
+
+    def run(*options: str) -> tuple[int, list[str]]:
+        docker("run", "--name", NAME, *options, IMAGE, check=False)
+        status, log = int(inspect(NAME, "{{.State.ExitCode}}")), docker("logs", NAME).splitlines()
+        docker("rm", NAME)
+        return status, log
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("-e", "MODEL_NAME=/models/none"), "MODEL_NAME='/models/none' is not valid: there is no such folder"),
+        (("-e", "MODEL_NAME=org/none", "--network", "none"), "MODEL_NAME='org/none' is not in the cache"),
+        ((*DEMO, "-e", "MAX_MODEL_LEN=abc"), "MAX_MODEL_LEN='abc' is not valid"),
+        ((*DEMO, "-e", "VLLM_ATTENTION_BACKEND=FAST"), "VLLM_ATTENTION_BACKEND='FAST' is not valid"),
+        ((*DEMO, "-e", "DRAIN_SECONDS=soon"), "DRAIN_SECONDS='soon' is not valid"),
+        ((*DEMO, "-e", "VLLM_BIND=0.0.0.0"), "VLLM_API_KEY"),
+        ((*DEMO, "--read-only"), "/var/cache/batch-invariant (compile cache) cannot be written"),
+        (
+            (*DEMO, "--user", "1234:1234", "--tmpfs", "/var/cache/batch-invariant:mode=0700"),
+            "that user 1234 can write",
+        ),
+        ((*DEMO, "--tmpfs", "/var/cache/batch-invariant:size=1m,mode=1777"), "MiB are needed"),
+        (("-e", "MODEL_NAME=org/none", "--tmpfs", "/root/.cache/huggingface:size=1m"), "Hugging Face cache"),
+    ],
+    ids=["folder", "hub", "length", "backend", "drain", "open", "read-only", "user", "full", "full-hf-cache"],
+)
+def test_it_is_said_in_one_line(start, options, words):
+    status, log = start(*options)
+    said = [line for line in log if words in line]
+    assert status == 2 and len(said) == 1, log
+    assert log[-1] == said[0] and not any("Traceback" in line for line in log)
+
+
+def test_docker_waits_longer_before_each_new_try(nothing_running):
+    docker("run", "--detach", "--name", NAME, "--restart", "unless-stopped", "-e", "MODEL_NAME=/none", IMAGE)
+    wait_until(lambda: int(inspect(NAME, "{{.RestartCount}}")) >= 5, "five restarts")
+    docker("stop", NAME)
+    begin, end = (inspect(NAME, f"{{{{.{when}}}}}") for when in ("Created", "State.FinishedAt"))
+    events = docker(
+        "events", "--since", begin, "--until", end, "--filter", f"container={NAME}", "--format", "{{json .}}"
+    )
+    starts = [event["timeNano"] for event in map(json.loads, events.splitlines()) if event["status"] == "start"]
+    pauses = [later - earlier for earlier, later in itertools.pairwise(starts)]
+    assert pauses[4] > 2 * pauses[1], pauses
