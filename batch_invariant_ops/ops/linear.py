@@ -136,13 +136,13 @@ def _vendor(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torc
     return mm.call_boxed(_CUDA, a, b) if bias is None else addmm.call_boxed(_CUDA, bias, a, b)
 
 
-def _linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+def _linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1])
     y = gemm(rows, w.t(), b) if x.is_cuda else own.gemm(rows, w.t(), b)
     return y.view(*x.shape[:-1], w.shape[0])
 
 
-def _fake(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+def _fake(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], w.shape[0]))
 
 
