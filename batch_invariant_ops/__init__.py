@@ -13,7 +13,8 @@ from batch_invariant_ops.ops.linear import linear
 from batch_invariant_ops.ops.matmul import bmm, matmul_persistent
 from batch_invariant_ops.ops.mean import mean, mean_dim
 from batch_invariant_ops.ops.rms_norm import rms_norm
-from batch_invariant_ops.ops.softmax import log_softmax, softmax
+from batch_invariant_ops.ops.log_softmax import log_softmax
+from batch_invariant_ops.ops.softmax import softmax
 
 __all__ = [
     "AttentionBlockSize",

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from batch_invariant_ops.ops import linear, matmul, mean, rms_norm, softmax  # noqa: F401 (their ops are registered)
+from batch_invariant_ops.ops import linear, log_softmax, matmul, mean, rms_norm, softmax  # noqa: F401 (ops registered)
 
 Kernel = Callable[..., Any]
 _lock = threading.RLock()
@@ -221,7 +221,7 @@ _FUNCTIONAL: dict[str, Callable[[Kernel], Kernel]] = {
     "aten::bmm": _bmm,
     "aten::addmm": _addmm,
     "aten::baddbmm": _baddbmm,
-    "aten::_log_softmax": _softmax_override(softmax._log_softmax),
+    "aten::_log_softmax": _softmax_override(log_softmax._log_softmax),
     "aten::_softmax": _softmax_override(softmax._softmax),
     "aten::mean.dim": _mean,
 }
