@@ -36,8 +36,9 @@ def pip_install(arguments: list[str], count: int) -> bool:
         for line in pip.stdout or ():
             log.write(line)
             lines.append(line.rstrip())
-            collected += line.startswith("Collecting ")
-            if line.startswith("Collecting ") and collected % EVERY == 0:
+            arrived = line.startswith(("Collecting ", "Processing "))
+            collected += arrived
+            if arrived and collected % EVERY == 0:
                 print(f"  {collected} of {count} packages are here", flush=True)
             if line.startswith("Installing collected"):
                 print("  unpacking them", flush=True)
@@ -95,11 +96,16 @@ def stamp_of(name: str, replacement: str) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def make_venv() -> None:
-    """A virtual environment of this Python; one of another Python is made anew."""
+def make_venv(replaces: bool) -> None:
+    """A virtual environment of this Python; one of another Python, or of an older stack, is made anew."""
     marker = VENV / "pyvenv.cfg"
     version = f"{sys.version_info[0]}.{sys.version_info[1]}."
-    if marker.is_file() and f"version = {version}" in marker.read_text() and (VENV / "bin/python").exists():
+    if (
+        not replaces
+        and marker.is_file()
+        and f"version = {version}" in marker.read_text()
+        and (VENV / "bin/python").exists()
+    ):
         return
     print(f"install: making {VENV} with Python {version[:-1]}", flush=True)
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=True)
@@ -115,7 +121,9 @@ def main() -> None:
     missing = [n for n in names if not stamps[n].is_file() or stamps[n].read_text() != stamp_of(n, replacement)]
     if not missing:
         return
-    make_venv()
+    replaces = "cpu" in missing and stamps["cpu"].is_file()
+    make_venv(replaces)
+    missing = names if replaces else missing
     for name in missing:
         print(f"install: {len(packages(HERE / f'{name}.txt'))} packages of requirements/{name}.txt", flush=True)
         started = time.monotonic()
