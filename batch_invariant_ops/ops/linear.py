@@ -127,7 +127,7 @@ def _vendor_kernels() -> tuple[torch._C._SafeKernelFunction, torch._C._SafeKerne
     return torch.library.get_kernel("aten::mm", "CUDA"), torch.library.get_kernel("aten::addmm", "CUDA")
 
 
-if torch.cuda.is_available():
+if torch.backends.cuda.is_built():  # asking for a device here would make CUDA unusable in a forked process
     _vendor_kernels()
 
 
