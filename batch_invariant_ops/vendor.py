@@ -1,43 +1,48 @@
 """The settings under which a vendor's GEMM may keep the contract, set in one place, before it reads them.
 
 cuBLAS and cuBLASLt choose kernels that split K when they have workspace for the partial sums; without it they do not.
-Measured on Hopper (see docs/): with these settings cuBLASLt gives the bits of the ascending-K Triton kernel. They are
-necessary, not sufficient: :mod:`batch_invariant_ops.proof` decides, shape by shape.
+With these settings cuBLASLt was seen to give the bits of the ascending-K Triton kernel on Hopper. They are necessary,
+not sufficient: :mod:`batch_invariant_ops.proof` decides, shape by shape, on the device at hand.
 """
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
 WORKSPACES = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "1"}
+_asked_for: dict[str, str] = {}
 
 
 def set_environment() -> None:
-    """Deny cuBLAS and cuBLASLt the workspace to split K; read by torch when the first handle is made."""
-    os.environ.update(WORKSPACES)
+    """Deny cuBLAS and cuBLASLt the workspace to split K; read by torch when the first handle is made.
+
+    A value that the user set stays: where it lets the vendor split K, the proof fails and our kernel runs. What was
+    found first is what is set again later, because vLLM's mode writes its own value in between.
+    """
+    for name, value in WORKSPACES.items():
+        os.environ[name] = _asked_for.setdefault(name, os.environ.get(name, value))
 
 
 def prepare() -> None:
     """Set everything in this process that the vendor's GEMM and the proof depend on.
 
     Raises:
-        RuntimeError: a cuBLAS handle was made before, with another workspace, so that the settings come too late.
+        RuntimeError: CUDA is in use and the workspace was not denied before, so that the settings come too late.
     """
-    if (
-        torch.cuda.is_initialized()
-        and os.environ.get("CUBLASLT_WORKSPACE_SIZE") != WORKSPACES["CUBLASLT_WORKSPACE_SIZE"]
-    ):
+    too_late = torch.cuda.is_initialized() and "CUBLASLT_WORKSPACE_SIZE" not in os.environ
+    if too_late:
         raise RuntimeError(
             "CUDA was used before CUBLASLT_WORKSPACE_SIZE=1 was set: set it in the environment of the process"
         )
     set_environment()
-    matmul = torch.backends.cuda.matmul
+    matmul: Any = torch.backends.cuda.matmul
     matmul.allow_bf16_reduced_precision_reduction = (False, False)
     matmul.allow_fp16_reduced_precision_reduction = (False, False)
-    matmul.fp32_precision = "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    cudnn: Any = torch.backends.cudnn
+    for backend in (matmul, cudnn.conv, cudnn.rnn):
+        backend.fp32_precision = "ieee"
     if torch.cuda.is_available():
         torch.backends.cuda.preferred_blas_library("cublaslt")

@@ -145,7 +145,7 @@ def _patch_layer_utils(utils: ModuleType) -> None:
         number = proven.register(proof)
         layer.cpu_linear = lambda x, weight, bias: proven.proven_linear(x, weight, bias, number, n)
 
-    utils.dispatch_cpu_unquantized_gemm = dispatch_proven
+    setattr(utils, dispatch.__name__, dispatch_proven)
 
 
 def _windows_of(vendor: Callable[..., Any], n: int, k: int, dtype: Any) -> dict[bool, Any]:
@@ -198,7 +198,7 @@ def _patch_metrics(prometheus: ModuleType) -> None:
         ours.register(registry)
         return registry
 
-    prometheus.get_prometheus_registry = get_registry_with_ours
+    setattr(prometheus, get_registry.__name__, get_registry_with_ours)
 
 
 def _init_batch_invariance(*args: Any, **kwargs: Any) -> None:

@@ -58,9 +58,7 @@ def mean(
     return torch.ops.batch_invariant_ops.mean(input, dims, keepdim, dtype)
 
 
-def mean_dim(
-    input: torch.Tensor, dim: int, keepdim: bool = False, dtype: torch.dtype | None = None
-) -> torch.Tensor:
+def mean_dim(input: torch.Tensor, dim: int, keepdim: bool = False, dtype: torch.dtype | None = None) -> torch.Tensor:
     """:func:`mean` under the name and with the arguments that Thinking Machines' package gives it.
 
     Integers give fp32, as there.

@@ -220,9 +220,7 @@ def _backward_fused(ctx, dy: torch.Tensor, dsum: torch.Tensor):
 
 _library = torch.library.Library("batch_invariant_ops", "FRAGMENT")
 _library.define("rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor")
-_library.define(
-    "fused_add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps) -> (Tensor, Tensor)"
-)
+_library.define("fused_add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps) -> (Tensor, Tensor)")
 for _key in ("CUDA", "CPU"):
     _library.impl("rms_norm", _rms_norm, _key)
     _library.impl("fused_add_rms_norm", _fused_add_rms_norm, _key)
