@@ -1,0 +1,213 @@
+#!/usr/bin/env python3
+"""Prove on this machine that the server's answers do not depend on its load, and that plain vLLM's do.
+
+Makes a small random model, starts the real vLLM server twice, plain (the control) and batch-invariant, runs the
+determinism harness against each under mixed load, prints one table and a verdict, and writes report.html.
+
+Exit status: 0 PASS (the control failed and our server passed), 1 FAIL, 3 INCONCLUSIVE (the control passed, so that
+the test had no power here), 2 for a setting that cannot work or a server that did not start.
+
+VLLM_PORT (default 8000) is our server's port. With BATCH_INVARIANT=0 our server is plain, too, and the verdict is FAIL.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from local_server import Failure, Program, Programs, check_free, free_port, wait_until_ready  # noqa: E402
+
+FOLDER = HERE.parent / ".demo"
+REPORT = HERE.parent / "report.html"
+PLAIN, OURS = "plain vLLM", "batch-invariant"
+START_SECONDS = 600.0
+# A small server starts faster, and still mixes prefill and decode of many requests.
+EXTRA_ARGS = "--max-num-batched-tokens 512 --max-num-seqs 32"
+LOAD = ("--requests", "96", "--concurrency", "16", "--max-tokens", "32")
+OTHER_SETTINGS = {
+    *("MODEL_NAME", "SERVED_MODEL_NAME", "MAX_MODEL_LEN", "DTYPE", "HF_TOKEN", "VLLM_ATTENTION_BACKEND"),
+    *("VLLM_HOST", "VLLM_BIND", "VLLM_API_KEY", "VLLM_EXTRA_ARGS", "TENSOR_PARALLEL_SIZE", "GPU_MEMORY_UTILIZATION"),
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What two harness runs together say."""
+
+    name: str
+    status: int
+    reason: str
+
+
+def judge(control: Mapping, ours: Mapping) -> Verdict:
+    """PASS needs both: ours deterministic down to the logprobs, and a control that this very test caught."""
+    if ours["verdict"] == "fail":
+        return Verdict("FAIL", 1, "the batch-invariant server's answers changed with the load")
+    if control["verdict"] == "pass":
+        return Verdict("INCONCLUSIVE", 3, "plain vLLM passed as well, so this test had no power here")
+    for name, result in ((PLAIN, control), (OURS, ours)):
+        if result["verdict"] not in ("pass", "fail"):
+            return Verdict("INCONCLUSIVE", 3, f"{name}: {result.get('reason') or 'the harness could not tell'}")
+        if result["level"] != "logprobs":
+            return Verdict("INCONCLUSIVE", 3, f"{name}: only the {result['level']} could be compared, not the logprobs")
+    return Verdict("PASS", 0, "plain vLLM's answers changed with the load, the batch-invariant server's did not")
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def server_env(port: int, model: str, batch_invariant: str) -> dict[str, str]:
+    """What vllm/serve.py reads, for the demo's server; settings meant for another server are dropped."""
+    env = {name: value for name, value in os.environ.items() if name not in OTHER_SETTINGS}
+    return env | {
+        "MODEL_NAME": model,
+        "SERVED_MODEL_NAME": "demo",
+        "VLLM_PORT": str(port),
+        "BATCH_INVARIANT": batch_invariant,
+        "VLLM_EXTRA_ARGS": EXTRA_ARGS,
+        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def make_model() -> Path:
+    """The demo's model; one that is there is kept."""
+    folder = FOLDER / "model"
+    if not (folder / "config.json").is_file():
+        say("Making a small random Llama in .demo/model")
+        subprocess.run(
+            [sys.executable, str(HERE / "tiny_model.py"), str(folder)], check=True, stdout=subprocess.DEVNULL
+        )
+    return folder
+
+
+def measure(programs: Programs, name: str, port: int, result: Path) -> dict:
+    """Run the harness against one server, its output in view; returns its JSON report.
+
+    Raises:
+        Failure: the harness could not finish.
+    """
+    say(f"\nTesting {name}")
+    result.unlink(missing_ok=True)
+    command = [sys.executable, str(HERE / "test_determinism.py"), "--url", f"http://127.0.0.1:{port}", *LOAD]
+    harness = programs.start("harness", [*command, "--json", str(result)], os.environ)
+    status = harness.process.wait()
+    if status not in (0, 1, 3) or not result.is_file():
+        raise Failure(f"{name}: the harness ended with status {status}; its output is above")
+    return json.loads(result.read_text(encoding="utf-8"))
+
+
+def print_table(results: Mapping[str, Mapping]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for heading in ("", "token variants", "logprob variants", "identical to solo", "solo, s", "loaded, s", "ratio"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, result in results.items():
+        table.add_row(
+            name,
+            *("-" if result[key] is None else str(result[key]) for key in ("token_variants", "logprob_variants")),
+            f"{result['identical_to_solo']} of {result['requests']}",
+            *(f"{result[key]:.1f}" for key in ("solo_seconds", "loaded_seconds")),
+            f"{result['loaded_seconds'] / results[PLAIN]['loaded_seconds']:.2f}",
+        )
+    say("")
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+
+
+def ports() -> tuple[int, int]:
+    """(our server's, the control's)."""
+    text = os.environ.get("VLLM_PORT", "").strip() or "8000"
+    if not text.isdigit() or not 1 <= int(text) <= 65535:
+        raise Failure(f"VLLM_PORT={text!r} is not valid: a port number from 1 to 65535 is needed")
+    check_free(int(text))
+    return int(text), free_port()
+
+
+def switch() -> str:
+    value = os.environ.get("BATCH_INVARIANT", "").strip() or "1"
+    if value not in ("0", "1"):
+        raise Failure(f"BATCH_INVARIANT={value!r} is not valid: one of 0, 1 is needed")
+    return value
+
+
+def demo() -> int:
+    """The whole demo; returns the exit status."""
+    begin = time.monotonic()
+    our_port, control_port = ports()
+    ours_is = switch()
+    FOLDER.mkdir(exist_ok=True)
+    model = str(make_model())
+    with Programs() as programs:
+        say("Starting two servers, plain vLLM and batch-invariant; their logs are in .demo/")
+        servers: dict[Program, int] = {}
+        for name, port, mode, log in (
+            (PLAIN, control_port, "0", "plain.log"),
+            (OURS, our_port, ours_is, "batch-invariant.log"),
+        ):
+            env = server_env(port, model, mode)
+            servers[programs.start(name, [sys.executable, str(HERE / "serve.py")], env, FOLDER / log)] = port
+        wait_until_ready(servers, START_SECONDS, say)
+        # One is measured while the other idles, and both stay up until the end: neither has the machine to itself.
+        results = {
+            server.name: measure(programs, server.name, port, FOLDER / f"{server.log.stem}.json")
+            for server, port in servers.items()
+        }
+    verdict = judge(results[PLAIN], results[OURS])
+    print_table(results)
+    from determinism.report import write_report
+
+    write_report(REPORT, verdict, results)
+    say(f"{verdict.name}: {verdict.reason}")
+    say(f"{REPORT.name} has the picture ({time.monotonic() - begin:.0f} s in all)")
+    return verdict.status
+
+
+def serve() -> int:
+    """Run one server in the foreground: the demo's model unless MODEL_NAME names another."""
+    env = dict(os.environ)
+    if not env.get("MODEL_NAME", "").strip():
+        ports()
+        switch()
+        FOLDER.mkdir(exist_ok=True)
+        defaults = {"VLLM_PORT": "8000", "BATCH_INVARIANT": "1", **env}
+        own = server_env(int(defaults["VLLM_PORT"]), str(make_model()), defaults["BATCH_INVARIANT"])
+        env = own | {name: env[name] for name in OTHER_SETTINGS if env.get(name) and name != "MODEL_NAME"}
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, str(HERE / "serve.py")], env)
+
+
+def interrupt(number: int, _frame: object) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--serve", action="store_true", help="only run one server, in the foreground, for curl")
+    arguments = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+    try:
+        return serve() if arguments.serve else demo()
+    except Failure as failure:
+        print(f"demo: {failure}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ndemo: interrupted; its servers have ended", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
