@@ -141,3 +141,12 @@ def test_the_debug_log_says_what_was_swapped_where():
     done = python(FAILS_CLOSED, BATCH_INVARIANT="1", BATCH_INVARIANT_LOG="debug")
     assert f"linear_batch_invariant is now {OURS}.linear" in done.stderr
     assert "is now" not in python(FAILS_CLOSED, BATCH_INVARIANT="1").stderr
+
+
+@needs_vllm
+def test_vllms_compile_cache_is_keyed_by_the_kits_version():
+    show = "import vllm.envs as envs; print(envs.compile_factors().get('VLLM_BATCH_INVARIANT_OPS'))"
+    from batch_invariant_ops import __version__
+
+    assert python(show, BATCH_INVARIANT="1").stdout.splitlines()[-1] == __version__
+    assert python(show).stdout.splitlines()[-1] == "None"

@@ -1,0 +1,91 @@
+"""The self-check passes what keeps its bits, names what does not, and its result reaches the metrics."""
+
+import json
+
+import pytest
+import torch
+
+from batch_invariant_ops import selfcheck, status
+
+X = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
+
+
+def test_an_operation_by_rows_keeps_its_bits():
+    assert selfcheck.keeps_bits(lambda x: torch.stack([row.exp() for row in x]), X)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x: x + 1e-6 * len(x),
+        lambda x: x + 1e-6 * torch.arange(len(x))[:, None],
+        lambda x: x + 1e-6 * x.mean(),
+    ],
+    ids=["by batch size", "by place in the batch", "by the other rows"],
+)
+def test_an_operation_that_looks_beyond_its_row_is_found(operation):
+    assert not selfcheck.keeps_bits(operation, X)
+
+
+def test_this_device_passes():
+    report = selfcheck.run("cpu")
+    assert report.ok and {"softmax", "log_softmax"} <= set(report.passed), report
+
+
+def test_a_failed_operation_fails_the_report(monkeypatch):
+    honest = selfcheck.operations
+
+    def one_liar(device, dtype):
+        return honest(device, dtype) | {"liar": lambda x: x + len(x)}
+
+    monkeypatch.setattr(selfcheck, "operations", one_liar)
+    report = selfcheck.run("cpu")
+    assert not report.ok and report.failed == ("liar",) and "FAILED: liar" in report.line()
+
+
+def test_a_report_over_nothing_is_no_pass():
+    assert not selfcheck.Report(device="x", passed=(), failed=(), seconds=0.0).ok
+
+
+@pytest.fixture
+def status_file(tmp_path, monkeypatch):
+    file = tmp_path / "status.json"
+    monkeypatch.setenv(status.VARIABLE, str(file))
+    return file
+
+
+def test_the_workers_result_reaches_the_process_that_answers(status_file):
+    status.write({"ok": True, "device": "card"})
+    assert status.read() == {"ok": True, "device": "card"}
+    assert [path.name for path in status_file.parent.iterdir()] == ["status.json"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", None])
+def test_a_missing_or_broken_status_reads_as_nothing(status_file, content):
+    if content is not None:
+        status_file.write_text(content)
+    assert status.read() == {}
+
+
+def test_a_folder_that_cannot_be_written_does_not_stop_the_worker(monkeypatch):
+    monkeypatch.setenv(status.VARIABLE, "/proc/nowhere/status.json")
+    status.write({"ok": True})
+    assert status.read() == {}
+
+
+def gauges():
+    pytest.importorskip("prometheus_client")
+    from prometheus_client import CollectorRegistry
+
+    from batch_invariant_ops.integrations.prometheus import register
+
+    registry = CollectorRegistry()
+    register(registry)
+    register(registry)
+    return {sample.name: sample.value for metric in registry.collect() for sample in metric.samples}
+
+
+@pytest.mark.parametrize("found, value", [({"ok": True}, 1.0), ({"ok": False}, 0.0), ({"ok": "yes"}, 0.0), ({}, 0.0)])
+def test_the_gauge_is_one_only_after_a_check_that_passed(status_file, found, value):
+    status_file.write_text(json.dumps(found))
+    assert gauges() == {"batch_invariant_enabled": 1.0, "batch_invariant_selfcheck_ok": value}
