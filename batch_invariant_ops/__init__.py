@@ -9,9 +9,10 @@ from batch_invariant_ops.mode import (
     is_batch_invariant_mode_enabled,
     set_batch_invariant_mode,
 )
+from batch_invariant_ops.ops.bmm import bmm
 from batch_invariant_ops.ops.linear import linear
 from batch_invariant_ops.ops.log_softmax import log_softmax
-from batch_invariant_ops.ops.matmul import bmm, matmul_persistent
+from batch_invariant_ops.ops.matmul import matmul_persistent
 from batch_invariant_ops.ops.mean import mean, mean_dim
 from batch_invariant_ops.ops.rms_norm import rms_norm
 from batch_invariant_ops.ops.softmax import softmax

@@ -51,7 +51,7 @@ def split_dims(x: torch.Tensor, dims: Sequence[int]) -> tuple[torch.Tensor, int]
     reduced = sorted(dim % x.dim() for dim in dims) if x.dim() else []
     kept = [dim for dim in range(x.dim()) if dim not in reduced]
     length = math.prod(x.shape[dim] for dim in reduced)
-    return x.permute(*kept, *reduced).reshape(*(x.shape[dim] for dim in kept), length), length
+    return x.permute([*kept, *reduced]).reshape([x.shape[dim] for dim in kept] + [length]), length
 
 
 def uses_triton(x: torch.Tensor) -> bool:
