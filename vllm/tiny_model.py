@@ -120,10 +120,13 @@ def shards(preset: Preset, layers: int) -> Iterator[dict[str, tuple[tuple[int, .
 
 
 def draw(name: str, shape: tuple[int, ...], scale: float, seed: int, device: str) -> torch.Tensor:
-    """One weight in bf16, from a generator of its own: it does not change with the layers around it."""
+    """One weight in bf16, from a generator of its own: it does not change with the layers around it.
+
+    The generator's seed has 32 bits, as a CPU's generator reads no more.
+    """
     if not scale:
         return torch.ones(shape, dtype=torch.bfloat16)
-    generator = torch.Generator(device).manual_seed(seed << 32 | zlib.crc32(name.encode()))
+    generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     weight = torch.empty(shape, dtype=torch.bfloat16, device=device)
     return weight.normal_(0, scale, generator=generator).cpu()
 
