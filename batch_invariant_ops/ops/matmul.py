@@ -2,7 +2,7 @@
 
 Each element is one fp32 sum with k ascending, never split; the bias joins in fp32; one rounding to the output type.
 Tiles are free to choose (:mod:`batch_invariant_ops.tiles`). On a CPU the vendor's GEMM runs on one constant number of
-rows at a time, so that it has no M to choose a kernel by.
+rows at a time, so that it has no M to choose a kernel by, and one at which a row's place was seen not to matter.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import functools
 import torch
 
 from batch_invariant_ops import tiles
+from batch_invariant_ops.proof import same_bits
 from batch_invariant_ops.tiles import Tile
 
 try:
@@ -21,7 +22,7 @@ except ImportError:  # the CPU form needs no Triton
     triton = None
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-CPU_ROWS = 16
+CPU_ROWS = (16, 8, 4, 2)
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 if triton is not None:
@@ -208,15 +209,35 @@ def _cpu_kernels() -> tuple[torch._C._SafeKernelFunction, torch._C._SafeKernelFu
 _cpu_kernels()
 
 
-def _on_cpu(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _vendor_on_cpu(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     mm, addmm = _cpu_kernels()
-    entries, num_rows, _ = a.shape
-    padded = torch.nn.functional.pad(a, (0, 0, 0, -num_rows % CPU_ROWS)).contiguous()
+    return mm.call_boxed(_CPU, a, b) if bias is None else addmm.call_boxed(_CPU, bias, a, b)
+
+
+def _on_cpu(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    entries, num_rows, depth = a.shape
+    step = _cpu_rows(depth, b.shape[2], a.dtype, bias is not None, b.stride()[1:])
+    padded = torch.nn.functional.pad(a, (0, 0, 0, -num_rows % step))
     c = a.new_empty(entries, padded.shape[1], b.shape[2])
     for entry in range(entries):
-        for start in range(0, padded.shape[1], CPU_ROWS):
-            rows = padded[entry, start : start + CPU_ROWS]
-            c[entry, start : start + CPU_ROWS] = (
-                mm.call_boxed(_CPU, rows, b[entry]) if bias is None else addmm.call_boxed(_CPU, bias, rows, b[entry])
-            )
+        for start in range(0, padded.shape[1], step):
+            # a copy of its own gives every part the same alignment
+            part = padded[entry, start : start + step].clone(memory_format=torch.contiguous_format)
+            c[entry, start : start + step] = _vendor_on_cpu(part, b[entry], bias)
     return c[:, :num_rows]
+
+
+@functools.cache
+def _cpu_rows(depth: int, num_columns: int, dtype: torch.dtype, has_bias: bool, strides: tuple[int, ...]) -> int:
+    """The most rows at a time at which the vendor's bits do not depend on a row's place; one row has but one place."""
+    generator = torch.Generator().manual_seed(0)
+    b = torch.randn(depth, num_columns, generator=generator).to(dtype)
+    if strides[0] == 1 and strides[1] >= depth:
+        b = b.t().contiguous().t()
+    bias = torch.randn(num_columns, generator=generator).to(dtype) if has_bias else None
+    for step in CPU_ROWS:
+        x = torch.randn(step, depth, generator=generator).to(dtype)
+        one_further = _vendor_on_cpu(x.roll(1, 0), b, bias).roll(-1, 0)
+        if same_bits(_vendor_on_cpu(x, b, bias), one_further):
+            return step
+    return 1
