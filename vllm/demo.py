@@ -24,7 +24,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from local_server import Failure, Program, Programs, check_free, free_port, wait_until_ready  # noqa: E402
+from local_server import Failure, Program, Programs, check_free, check_machine, free_port, wait_until_ready  # noqa: E402
 
 FOLDER = HERE.parent / ".demo"
 REPORT = HERE.parent / "report.html"
@@ -148,6 +148,7 @@ def demo() -> int:
     begin = time.monotonic()
     our_port, control_port = ports()
     ours_is = switch()
+    check_machine()
     FOLDER.mkdir(exist_ok=True)
     model = str(make_model())
     with Programs() as programs:
@@ -181,6 +182,7 @@ def serve() -> int:
     if not env.get("MODEL_NAME", "").strip():
         ports()
         switch()
+        check_machine()
         FOLDER.mkdir(exist_ok=True)
         defaults = {"VLLM_PORT": "8000", "BATCH_INVARIANT": "1", **env}
         own = server_env(int(defaults["VLLM_PORT"]), str(make_model()), defaults["BATCH_INVARIANT"])

@@ -8,9 +8,11 @@ import contextlib
 import ctypes
 import http.client
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import sysconfig
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -164,6 +166,27 @@ def wait_until_ready(servers: Mapping[Program, int], seconds: float, tell: Calla
             tell(f"  {told - begin:3.0f} s  {waiting[-1].name}: {waiting[-1].doing()}")
         time.sleep(LOOK_AGAIN)
     return ready
+
+
+def check_machine() -> None:
+    """What vLLM's CPU build needs from the system, beside Python packages.
+
+    Raises:
+        Failure: with the line for the user.
+    """
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    found = {"g++": bool(shutil.which("g++")), "libnuma1": has_library("libnuma.so.1"), "python3-dev": header.is_file()}
+    missing = [package for package, there in found.items() if not there]
+    if missing:
+        raise Failure(f"the system lacks what vLLM's CPU build needs: apt-get install {' '.join(missing)}")
+
+
+def has_library(name: str) -> bool:
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return False
+    return True
 
 
 def check_free(port: int) -> None:

@@ -130,6 +130,13 @@ def test_a_server_that_never_answers_is_given_up(tmp_path):
             wait_until_ready({server: free_port()}, 0, print)
 
 
+def test_a_system_without_a_compiler_is_told_what_to_install(monkeypatch):
+    local_server.check_machine()
+    monkeypatch.setattr(local_server.shutil, "which", lambda _: None)
+    with pytest.raises(Failure, match=r"apt-get install g\+\+"):
+        local_server.check_machine()
+
+
 def test_a_port_in_use_is_refused_and_a_free_one_is_not():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
