@@ -29,6 +29,7 @@ from local_server import Failure, Program, Programs, check_free, check_machine, 
 FOLDER = HERE.parent / ".demo"
 REPORT = HERE.parent / "report.html"
 PLAIN, OURS = "plain vLLM", "batch-invariant"
+FILES = {PLAIN: "plain", OURS: "batch-invariant"}
 START_SECONDS = 600.0
 # A small server starts faster, and still mixes prefill and decode of many requests.
 EXTRA_ARGS = "--max-num-batched-tokens 512 --max-num-seqs 32"
@@ -49,9 +50,14 @@ class Verdict:
 
 
 def judge(control: Mapping, ours: Mapping) -> Verdict:
-    """PASS needs both: ours deterministic down to the logprobs, and a control that this very test caught."""
+    """PASS needs both: ours deterministic down to the logprobs, and a control that this very test caught.
+
+    A server whose requests failed is a failure to the harness, too, but no answer of it was seen to change: as a
+    control it shows nothing.
+    """
     if ours["verdict"] == "fail":
-        return Verdict("FAIL", 1, "the batch-invariant server's answers changed with the load")
+        changed = "the batch-invariant server's answers changed with the load"
+        return Verdict("FAIL", 1, changed if ours["divergences"] else f"{OURS}: {ours['reason']}")
     if control["verdict"] == "pass":
         return Verdict("INCONCLUSIVE", 3, "plain vLLM passed as well, so this test had no power here")
     for name, result in ((PLAIN, control), (OURS, ours)):
@@ -59,6 +65,8 @@ def judge(control: Mapping, ours: Mapping) -> Verdict:
             return Verdict("INCONCLUSIVE", 3, f"{name}: {result.get('reason') or 'the harness could not tell'}")
         if result["level"] != "logprobs":
             return Verdict("INCONCLUSIVE", 3, f"{name}: only the {result['level']} could be compared, not the logprobs")
+    if not control["divergences"]:
+        return Verdict("INCONCLUSIVE", 3, f"{PLAIN}: {control['reason']}")
     return Verdict("PASS", 0, "plain vLLM's answers changed with the load, the batch-invariant server's did not")
 
 
@@ -92,19 +100,22 @@ def make_model() -> Path:
     return folder
 
 
-def measure(programs: Programs, name: str, port: int, result: Path) -> dict:
+def measure(programs: Programs, server: Program, port: int, result: Path) -> dict:
     """Run the harness against one server, its output in view; returns its JSON report.
 
     Raises:
-        Failure: the harness could not finish.
+        Failure: the harness could not finish, or the server ended; with the end of the server's log.
     """
-    say(f"\nTesting {name}")
+    say(f"\nTesting {server.name}")
     result.unlink(missing_ok=True)
     command = [sys.executable, str(HERE / "test_determinism.py"), "--url", f"http://127.0.0.1:{port}", *LOAD]
     harness = programs.start("harness", [*command, "--json", str(result)], os.environ)
     status = harness.process.wait()
+    end_of_log = f"the end of {server.log}:\n{server.last_lines()}"
+    if server.process.poll() is not None:
+        raise Failure(f"{server.name}: the server ended while it was tested; {end_of_log}")
     if status not in (0, 1, 3) or not result.is_file():
-        raise Failure(f"{name}: the harness ended with status {status}; its output is above")
+        raise Failure(f"{server.name}: the harness ended with status {status}, its output is above; {end_of_log}")
     return json.loads(result.read_text(encoding="utf-8"))
 
 
@@ -113,8 +124,9 @@ def print_table(results: Mapping[str, Mapping]) -> None:
     from rich.table import Table
 
     table = Table()
-    for heading in ("", "token variants", "logprob variants", "identical to solo", "solo, s", "loaded, s", "ratio"):
-        table.add_column(heading, justify="right" if heading else "left")
+    table.add_column("", no_wrap=True)
+    for heading in ("token variants", "logprob variants", "identical to solo", "solo, s", "loaded, s", "ratio"):
+        table.add_column(heading, justify="right")
     for name, result in results.items():
         table.add_row(
             name,
@@ -154,16 +166,14 @@ def demo() -> int:
     with Programs() as programs:
         say("Starting two servers, plain vLLM and batch-invariant; their logs are in .demo/")
         servers: dict[Program, int] = {}
-        for name, port, mode, log in (
-            (PLAIN, control_port, "0", "plain.log"),
-            (OURS, our_port, ours_is, "batch-invariant.log"),
-        ):
+        for name, port, mode in ((PLAIN, control_port, "0"), (OURS, our_port, ours_is)):
             env = server_env(port, model, mode)
-            servers[programs.start(name, [sys.executable, str(HERE / "serve.py")], env, FOLDER / log)] = port
+            log = FOLDER / f"{FILES[name]}.log"
+            servers[programs.start(name, [sys.executable, str(HERE / "serve.py")], env, log)] = port
         wait_until_ready(servers, START_SECONDS, say)
         # One is measured while the other idles, and both stay up until the end: neither has the machine to itself.
         results = {
-            server.name: measure(programs, server.name, port, FOLDER / f"{server.log.stem}.json")
+            server.name: measure(programs, server, port, FOLDER / f"{FILES[server.name]}.json")
             for server, port in servers.items()
         }
     verdict = judge(results[PLAIN], results[OURS])

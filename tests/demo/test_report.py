@@ -24,6 +24,14 @@ def test_report_says_verdict_and_numbers(page):
         assert cell in page
 
 
+def test_report_shows_where_either_server_parted(harness_report):
+    results = {PLAIN: harness_report("fail", changed=48), OURS: harness_report("fail", changed=1)}
+    assert re.findall(r"Where (.*) first parted", render(judge(results[PLAIN], results[OURS]), results)) == [
+        PLAIN,
+        OURS,
+    ]
+
+
 def test_report_escapes_what_the_model_said(page):
     assert "&lt;script&gt;" in page
 

@@ -26,5 +26,21 @@ def test_an_inconclusive_run_is_never_a_pass_and_says_why(harness_report, contro
     assert reason in verdict.reason
 
 
+def test_a_control_that_broke_was_not_caught(harness_report):
+    """A plain server whose requests failed shows nothing about batches: calling that a pass would be a false proof."""
+    broken = harness_report("fail", changed=0, reason="96 requests got no sound answer")
+    verdict = judge(broken, harness_report("pass"))
+    assert (verdict.name, verdict.status) == ("INCONCLUSIVE", 3)
+    assert "no sound answer" in verdict.reason
+
+
+def test_a_server_of_ours_that_broke_fails_for_that_reason_and_not_for_changed_answers(harness_report):
+    broken = harness_report("fail", changed=0, reason="3 requests got no sound answer")
+    verdict = judge(harness_report("fail", changed=48), broken)
+    assert verdict.status == 1
+    assert "no sound answer" in verdict.reason
+    assert "changed" not in verdict.reason
+
+
 def test_equal_texts_without_logprobs_are_no_pass(harness_report):
     assert judge(harness_report("fail", changed=48), harness_report("pass", level="text")).status == 3
