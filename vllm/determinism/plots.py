@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from statistics import median
+from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -24,7 +25,7 @@ def spread(count: int) -> list[float]:
 
 def picture(name: str, label: str, draw) -> str:
     """One figure as an SVG element. `name` keeps its ids apart from another figure's on the page."""
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,
         "font.size": 10,

@@ -71,7 +71,7 @@ def render(verdict: Verdict, results: Mapping[str, Mapping]) -> str:
         rows=rows,
         differences=logprob_differences(results),
         latencies=latencies(results),
-        divergence=next(iter(control["divergences"]), None),
+        parted=[(name, result["divergences"][0]) for name, result in results.items() if result["divergences"]],
         facts=facts(ours),
     )
 
