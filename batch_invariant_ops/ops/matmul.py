@@ -167,6 +167,7 @@ def _launch(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, tile: T
     entries, num_rows, depth = a.shape
     num_columns = b.shape[2]
     c = a.new_empty(entries, num_rows, num_columns)
+    bias = None if bias is None else bias.contiguous()
     extents = (t.numel() if t.is_contiguous() else _extent(t) for t in (a, b, c))
     with torch.cuda.device(a.device) if a.is_cuda else _nothing():
         _matmul_kernel[(triton.cdiv(num_rows, tile.m) * triton.cdiv(num_columns, tile.n), entries)](

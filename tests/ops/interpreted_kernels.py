@@ -1,0 +1,89 @@
+"""The Triton kernels' logic under Triton's interpreter, on a CPU; run by test_interpreted.py in a process of its own.
+
+fp32 and fp16 only: the interpreter cuts bf16 off where a GPU rounds.
+"""
+
+import pytest
+import torch
+
+from batch_invariant_ops import tiles
+from batch_invariant_ops.ops import matmul, rows
+from batch_invariant_ops.ops.log_softmax import log_softmax
+from batch_invariant_ops.ops.mean import mean
+from batch_invariant_ops.ops.rms_norm import rms_norm
+from batch_invariant_ops.ops.softmax import softmax
+from batch_invariant_ops.proof import same_bits
+
+DTYPES = [torch.float32, torch.float16]
+LENGTHS = [1, 31, 64, 100, 8192, 8200]
+SMALL = tiles.Tile(m=16, n=16, k=16, warps=4, stages=1)
+SWAPPED = tiles.Tile(m=16, n=32, k=32, warps=4, stages=1, swap=True)
+
+
+def test_the_kernels_are_what_runs():
+    assert rows.uses_triton(torch.ones(1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_rows_are_near_fp64_and_the_same_alone(row_operation, dtype, length, random):
+    weight, x = random(length, dtype=dtype), random(3, length, dtype=dtype)
+    y = row_operation.run(x, weight)
+    error = (y.double() - row_operation.exact(x.double(), weight.double())).abs()
+    assert bool((error <= row_operation.bound(x, weight)).all())
+    for i in range(3):
+        assert same_bits(row_operation.run(x[i : i + 1].clone(), weight), y[i : i + 1].contiguous())
+
+
+@pytest.mark.parametrize("length", [100, 8200])
+def test_residual_gives_the_rounded_sum_and_the_norm_of_it(length, random):
+    x, residual = random(2, length, dtype=torch.float16), random(2, length, dtype=torch.float16)
+    y, total = rms_norm(x, None, residual=residual)
+    assert same_bits(total, x + residual)
+    assert same_bits(y, rms_norm(total, None))
+
+
+@pytest.mark.parametrize("length", [60, 64])
+def test_views_have_the_bits_of_their_copies(row_operation, length, random):
+    weight = random(length)
+    for view in (
+        random(length, 3).t(),
+        random(6, 2 * length)[::2, ::2],
+        random(3 * length + 1)[1:].view(3, length),
+        random(1, length).expand(3, length),
+        random(3, length + 3)[:, :length],
+    ):
+        assert same_bits(row_operation.run(view, weight), row_operation.run(view.clone().contiguous(), weight))
+
+
+def test_other_dimensions_and_empty_tensors(random):
+    x = random(3, 4, 5)
+    assert torch.allclose(softmax(x, 0), x.softmax(0))
+    assert torch.allclose(log_softmax(x, 1), x.log_softmax(1), atol=1e-6)
+    assert torch.allclose(mean(x, (0, 2)), x.mean((0, 2)), atol=1e-6)
+    assert softmax(x[:0]).shape == (0, 4, 5)
+    assert mean(x[:, :0], 1).isnan().all()
+    assert rms_norm(x[..., :0]).shape == (3, 4, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", [SMALL, SWAPPED], ids=["plain", "swapped"])
+@pytest.mark.parametrize("m, k, n", [(1, 16, 16), (17, 40, 33), (3, 100, 5)])
+def test_products_are_near_fp64_and_the_same_alone(dtype, tile, m, k, n, random):
+    a, b, bias = random(m, k, dtype=dtype), random(k, n, dtype=dtype), random(n, dtype=dtype)
+    y = matmul.gemm(a, b, bias, tile=tile)
+    exact = a.double() @ b.double() + bias.double()
+    assert torch.allclose(y.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-4 if dtype == DTYPES[0] else 1e-2)
+    assert same_bits(matmul.gemm(a[-1:].clone(), b, bias, tile=tile), y[-1:])
+
+
+def test_a_product_of_views_has_the_bits_of_their_copies(random):
+    a, b, bias = random(40, 9).t(), random(33, 80)[:, ::2].t(), random(66)[::2]
+    copies = [t.clone(memory_format=torch.contiguous_format) for t in (a, b, bias)]
+    assert same_bits(matmul.gemm(a, b, bias, tile=SMALL), matmul.gemm(*copies, tile=SMALL))
+
+
+def test_entries_of_a_batched_product(random):
+    a, b = random(3, 5, 40), random(3, 40, 7)
+    for entry, product in enumerate(matmul.bmm(a, b, tile=SMALL)):
+        assert same_bits(product, matmul.gemm(a[entry], b[entry], tile=SMALL))
