@@ -33,17 +33,14 @@ def start(nothing_running):
         ((*DEMO, "-e", "DRAIN_SECONDS=soon"), "DRAIN_SECONDS='soon' is not valid"),
         ((*DEMO, "-e", "VLLM_BIND=0.0.0.0"), "VLLM_API_KEY"),
         ((*DEMO, "--read-only"), "/var/cache/batch-invariant (compile cache) cannot be written"),
-        (
-            (*DEMO, "--user", "1234:1234", "--tmpfs", "/var/cache/batch-invariant:mode=0700"),
-            "that user 1234 can write",
-        ),
+        ((*DEMO, "--user", "1234:1234", "-v", "FOLDER:/var/cache/batch-invariant"), "that user 1234 can write"),
         ((*DEMO, "--tmpfs", "/var/cache/batch-invariant:size=1m,mode=1777"), "MiB are needed"),
         (("-e", "MODEL_NAME=org/none", "--tmpfs", "/root/.cache/huggingface:size=1m"), "Hugging Face cache"),
     ],
     ids=["folder", "hub", "length", "backend", "drain", "open", "read-only", "user", "full", "full-hf-cache"],
 )
-def test_it_is_said_in_one_line(start, options, words):
-    status, log = start(*options)
+def test_it_is_said_in_one_line(start, tmp_path, options, words):
+    status, log = start(*(option.replace("FOLDER", str(tmp_path)) for option in options))
     said = [line for line in log if words in line]
     assert status == 2 and len(said) == 1, log
     assert log[-1] == said[0] and not any("Traceback" in line for line in log)
