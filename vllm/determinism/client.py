@@ -1,0 +1,185 @@
+"""One server over HTTP: connections, retries, and what an error of it means.
+
+A lane is one connection. A pool that many requests share costs a search over all of them at each request; a thousand
+lanes cost nothing of the kind.
+"""
+
+import asyncio
+import email.utils
+import json
+import ssl
+import time
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from .errors import Refused, RequestFailed, Unreachable
+from .protocol import Answer, Dialect, Request, body, error_message, load, parse
+from .settings import Target
+
+COME_BACK_LATER = (429, 502, 503, 504)
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+@dataclass
+class Counters:
+    """What had to be asked again."""
+
+    retried_connections: int = 0
+    retried_busy: int = 0
+
+
+class Server:
+    """A target, its counters, and what all lanes to it share. Use as an async context manager."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.counters = Counters()
+        self._host = urlsplit(target.url).hostname or ""
+        self._tls: ssl.SSLContext | bool = httpx.create_ssl_context() if target.url.startswith("https:") else False
+        self._lanes: list[Lane] = []
+
+    def lane(self) -> "Lane":
+        lane = Lane(self, self._tls, trust_env=self._host not in LOOPBACK)
+        self._lanes.append(lane)
+        return lane
+
+    async def __aenter__(self) -> "Server":
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        lanes, self._lanes = self._lanes, []
+        await asyncio.gather(*(lane.close() for lane in lanes), return_exceptions=True)
+
+    async def reachable(self) -> bool:
+        """Whether anything at all answers HTTP at the address."""
+        lane = self.lane()
+        try:
+            await lane.http.get("/health", timeout=min(10.0, self.target.timeout_s))
+        except httpx.HTTPError:
+            return False
+        return True
+
+
+class Lane:
+    """One connection, used by one request at a time."""
+
+    def __init__(self, server: Server, tls: ssl.SSLContext | bool, trust_env: bool) -> None:
+        self.server = server
+        target = server.target
+        headers = {"content-type": "application/json", "cache-control": "no-store", "accept": "*/*"}
+        if target.api_key:
+            headers["authorization"] = f"Bearer {target.api_key}"
+        self.http = httpx.AsyncClient(
+            base_url=target.url,
+            headers=headers,
+            verify=tls,
+            trust_env=trust_env,
+            timeout=httpx.Timeout(target.timeout_s, connect=min(10.0, target.timeout_s), pool=None),
+            limits=httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=3.0),
+        )
+
+    async def close(self) -> None:
+        await self.http.aclose()
+
+    async def ask(self, dialect: Dialect, model: str, request: Request) -> Answer:
+        """The answer to one request, retried where a connection dropped or the server was busy.
+
+        Raises:
+            RequestFailed: no answer that can be compared; see its kind.
+            Refused: the key is wrong.
+            Unreachable: the server is gone for good.
+        """
+        content = json.dumps(body(dialect, model, request), separators=(",", ":")).encode()
+        started = time.perf_counter()
+        response = await self.post(dialect.path, content)
+        seconds = time.perf_counter() - started
+        answer = parse(dialect, response)
+        answer.seconds = seconds
+        return answer
+
+    async def detokenize(self, model: str, token: int) -> str:
+        """The text of a token, from vLLM's endpoint for it."""
+        content = json.dumps({"model": model, "tokens": [token]}).encode()
+        return str(load(await self.post("/detokenize", content)).get("prompt", ""))
+
+    async def post(self, path: str, content: bytes) -> bytes:
+        """The body of the 200 response to a POST; every other end is an exception, see `ask`."""
+        return await self.send("POST", path, content)
+
+    async def get(self, path: str) -> dict[str, Any]:
+        """The JSON object at a path."""
+        return load(await self.send("GET", path, None))
+
+    async def send(self, method: str, path: str, content: bytes | None) -> bytes:
+        target, counters = self.server.target, self.server.counters
+        attempt = 0
+        while True:
+            wait = min(target.backoff_s * 2**attempt, 10.0)
+            try:
+                response = await asyncio.wait_for(self.http.request(method, path, content=content), target.timeout_s)
+            except (asyncio.TimeoutError, httpx.TimeoutException) as error:
+                if not isinstance(error, httpx.ConnectTimeout):
+                    raise RequestFailed("timeout", f"no whole answer within {target.timeout_s:g} s") from None
+                failure: str | None = "the connection timed out"
+            except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+                raise Unreachable(f"{target.url} cannot be asked: {error}") from None
+            except httpx.DecodingError as error:
+                raise RequestFailed("malformed", f"the body cannot be decoded: {error}") from None
+            except httpx.TransportError as error:
+                failure = str(error) or type(error).__name__
+            else:
+                if response.status_code == 200:
+                    return response.content
+                if response.status_code not in COME_BACK_LATER or attempt >= target.retries:
+                    raise refusal(response)
+                counters.retried_busy += 1
+                wait = min(retry_after(response) or wait, target.longest_wait_s)
+                failure = None
+            if failure is not None:
+                if attempt >= target.retries:
+                    raise await self.lost(failure)
+                counters.retried_connections += 1
+            attempt += 1
+            await asyncio.sleep(wait)
+
+    async def lost(self, failure: str) -> Exception:
+        """What it means that every try at a request lost its connection."""
+        url = self.server.target.url
+        if await self.server.reachable():
+            return RequestFailed(
+                "dropped", f"the connection dropped {self.server.target.retries + 1} times ({failure})"
+            )
+        return Unreachable(f"nothing answers at {url} ({failure})")
+
+
+def refusal(response: httpx.Response) -> Exception:
+    """The exception that a response other than 200 stands for."""
+    status = response.status_code
+    try:
+        message = error_message(json.loads(response.content))
+    except (ValueError, RecursionError):
+        message = None
+    message = (message or response.reason_phrase or "no reason given")[:500]
+    if status in (401, 403):
+        return Refused(
+            f"the server refused the API key (HTTP {status}, {message}): set VLLM_API_KEY to the server's key"
+        )
+    if status in COME_BACK_LATER:
+        return RequestFailed("busy", f"the server stayed busy (HTTP {status}, {message})", status)
+    return RequestFailed("http", f"HTTP {status}: {message}", status)
+
+
+def retry_after(response: httpx.Response) -> float | None:
+    """Seconds to wait, from a Retry-After header in either of its forms; None without a sound one."""
+    value = response.headers.get("retry-after", "")
+    try:
+        return max(0.0, float(int(value)))
+    except (ValueError, OverflowError):
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return None
