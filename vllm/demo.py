@@ -34,6 +34,7 @@ START_SECONDS = 600.0
 # A small server starts faster, and still mixes prefill and decode of many requests.
 EXTRA_ARGS = "--max-num-batched-tokens 512 --max-num-seqs 32"
 LOAD = ("--requests", "96", "--concurrency", "16", "--max-tokens", "32")
+WARM_UP = ("--requests", "32", "--concurrency", "16", "--max-tokens", "32", "--seed", "1")
 OTHER_SETTINGS = {
     *("MODEL_NAME", "SERVED_MODEL_NAME", "MAX_MODEL_LEN", "DTYPE", "HF_TOKEN", "VLLM_ATTENTION_BACKEND"),
     *("VLLM_HOST", "VLLM_BIND", "VLLM_API_KEY", "VLLM_EXTRA_ARGS", "TENSOR_PARALLEL_SIZE", "GPU_MEMORY_UTILIZATION"),
@@ -100,6 +101,20 @@ def make_model() -> Path:
     return folder
 
 
+def harness(port: int, *options: str) -> list[str]:
+    return [sys.executable, str(HERE / "test_determinism.py"), "--url", f"http://127.0.0.1:{port}", *options]
+
+
+def warm_up(programs: Programs, servers: Mapping[Program, int]) -> None:
+    """Put every server through a short load with other prompts: a first load is slower, whichever server it meets.
+
+    What it finds is not looked at: a server that cannot be tested is told of when it is measured.
+    """
+    say("Warming both up, so that neither is timed cold")
+    for port in servers.values():
+        programs.start("warm-up", harness(port, *WARM_UP), os.environ, FOLDER / "warm-up.log").process.wait()
+
+
 def measure(programs: Programs, server: Program, port: int, result: Path) -> dict:
     """Run the harness against one server, its output in view; returns its JSON report.
 
@@ -108,9 +123,7 @@ def measure(programs: Programs, server: Program, port: int, result: Path) -> dic
     """
     say(f"\nTesting {server.name}")
     result.unlink(missing_ok=True)
-    command = [sys.executable, str(HERE / "test_determinism.py"), "--url", f"http://127.0.0.1:{port}", *LOAD]
-    harness = programs.start("harness", [*command, "--json", str(result)], os.environ)
-    status = harness.process.wait()
+    status = programs.start("harness", harness(port, *LOAD, "--json", str(result)), os.environ).process.wait()
     end_of_log = f"the end of {server.log}:\n{server.last_lines()}"
     if server.process.poll() is not None:
         raise Failure(f"{server.name}: the server ended while it was tested; {end_of_log}")
@@ -171,6 +184,7 @@ def demo() -> int:
             log = FOLDER / f"{FILES[name]}.log"
             servers[programs.start(name, [sys.executable, str(HERE / "serve.py")], env, log)] = port
         wait_until_ready(servers, START_SECONDS, say)
+        warm_up(programs, servers)
         # One is measured while the other idles, and both stay up until the end: neither has the machine to itself.
         results = {
             server.name: measure(programs, server, port, FOLDER / f"{FILES[server.name]}.json")
