@@ -9,6 +9,7 @@ import email.utils
 import json
 import ssl
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -119,7 +120,7 @@ class Lane:
         while True:
             wait = min(target.backoff_s * 2**attempt, 10.0)
             try:
-                response = await asyncio.wait_for(self.http.request(method, path, content=content), target.timeout_s)
+                response = await within(target.timeout_s, self.http.request(method, path, content=content))
             except (asyncio.TimeoutError, httpx.TimeoutException) as error:
                 if not isinstance(error, httpx.ConnectTimeout):
                     raise RequestFailed("timeout", f"no whole answer within {target.timeout_s:g} s") from None
@@ -153,6 +154,19 @@ class Lane:
                 "dropped", f"the connection dropped {self.server.target.retries + 1} times ({failure})"
             )
         return Unreachable(f"nothing answers at {url} ({failure})")
+
+
+async def within(seconds: float, awaited: Coroutine[Any, Any, httpx.Response]) -> httpx.Response:
+    """Its result, or TimeoutError. Before Python 3.12, asyncio.wait_for loses a cancellation that comes just as the
+    result does, and a stream of other traffic that nothing else ends then goes on for ever."""
+    task = asyncio.ensure_future(awaited)
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+        if not task.done():
+            raise asyncio.TimeoutError
+        return task.result()
+    finally:
+        task.cancel()
 
 
 def refusal(response: httpx.Response) -> Exception:
