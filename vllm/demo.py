@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Prove on this machine that the server's answers do not depend on its load, and that plain vLLM's do.
 
-Makes a small random model, starts the real vLLM server twice, plain (the control) and batch-invariant, runs the
-determinism harness against each under mixed load, prints one table and a verdict, and writes report.html.
+Makes a random model (a small one for vLLM's CPU build, 8 layers of Llama-3.1-8B's shapes for a GPU), starts the real
+vLLM server twice, plain (the control) and batch-invariant, runs the determinism harness against each under mixed load,
+prints one table and a verdict, and writes report.html.
 
 Exit status: 0 PASS (the control failed and our server passed), 1 FAIL, 3 INCONCLUSIVE (the control passed, so that
 the test had no power here), 2 for a setting that cannot work or a server that did not start.
@@ -25,20 +26,61 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 from local_server import Failure, Program, Programs, check_free, check_machine, free_port, wait_until_ready  # noqa: E402
+from serve import Installed  # noqa: E402
 
 FOLDER = HERE.parent / ".demo"
 REPORT = HERE.parent / "report.html"
 PLAIN, OURS = "plain vLLM", "batch-invariant"
 FILES = {PLAIN: "plain", OURS: "batch-invariant"}
 START_SECONDS = 600.0
-# A small server starts faster, and still mixes prefill and decode of many requests.
-EXTRA_ARGS = "--max-num-batched-tokens 512 --max-num-seqs 32"
-LOAD = ("--requests", "96", "--concurrency", "16", "--max-tokens", "32")
-WARM_UP = ("--requests", "32", "--concurrency", "16", "--max-tokens", "32", "--seed", "1")
 OTHER_SETTINGS = {
     *("MODEL_NAME", "SERVED_MODEL_NAME", "MAX_MODEL_LEN", "DTYPE", "HF_TOKEN", "VLLM_ATTENTION_BACKEND"),
     *("VLLM_HOST", "VLLM_BIND", "VLLM_API_KEY", "VLLM_EXTRA_ARGS", "TENSOR_PARALLEL_SIZE", "GPU_MEMORY_UTILIZATION"),
 }
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What is served, and how hard it is asked.
+
+    Attributes:
+        preset: the model, by its name in tiny_model.py.
+        settings: of both servers.
+        load: requests, how many at a time, and tokens of each answer.
+        warm_up: requests before the first that is timed.
+    """
+
+    preset: str
+    settings: Mapping[str, str]
+    load: tuple[int, int, int]
+    warm_up: int
+
+    def options(self, requests: int) -> tuple[str, ...]:
+        _, concurrency, tokens = self.load
+        return ("--requests", str(requests), "--concurrency", str(concurrency), "--max-tokens", str(tokens))
+
+
+# A small server starts faster, and still mixes prefill and decode of many requests.
+CPU = Scale(
+    preset="tiny",
+    settings={
+        "VLLM_EXTRA_ARGS": "--max-num-batched-tokens 512 --max-num-seqs 32",
+        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+    },
+    load=(96, 16, 32),
+    warm_up=32,
+)
+# Two servers share one GPU, and start together: a KV cache of a fixed size is one that neither measures the other for.
+GPU = Scale(
+    preset="llama-8b-8layers",
+    settings={
+        "MAX_MODEL_LEN": "8192",
+        "GPU_MEMORY_UTILIZATION": "0.3",
+        "VLLM_EXTRA_ARGS": f"--kv-cache-memory-bytes {8 * 2**30}",
+    },
+    load=(400, 128, 64),
+    warm_up=128,
+)
 
 
 @dataclass(frozen=True)
@@ -75,29 +117,43 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def server_env(port: int, model: str, batch_invariant: str) -> dict[str, str]:
+def scale() -> Scale:
+    """What suits the vLLM that is installed: its CPU build, or one for GPUs.
+
+    Raises:
+        Failure: none is installed, or the CPU build lacks something of the system's.
+    """
+    try:
+        on_cpu = Installed.find().is_cpu
+    except SystemExit as error:
+        raise Failure(str(error)) from None
+    if on_cpu:
+        check_machine()
+    return CPU if on_cpu else GPU
+
+
+def server_env(port: int, model: str, batch_invariant: str, settings: Mapping[str, str]) -> dict[str, str]:
     """What vllm/serve.py reads, for the demo's server; settings meant for another server are dropped."""
     env = {name: value for name, value in os.environ.items() if name not in OTHER_SETTINGS}
-    return env | {
+    return {
+        **env,
+        **settings,
         "MODEL_NAME": model,
         "SERVED_MODEL_NAME": "demo",
         "VLLM_PORT": str(port),
         "BATCH_INVARIANT": batch_invariant,
-        "VLLM_EXTRA_ARGS": EXTRA_ARGS,
-        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
 
 
-def make_model() -> Path:
+def make_model(preset: str) -> Path:
     """The demo's model; one that is there is kept."""
-    folder = FOLDER / "model"
+    folder = FOLDER / ("model" if preset == "tiny" else preset)
     if not (folder / "config.json").is_file():
-        say("Making a small random Llama in .demo/model")
-        subprocess.run(
-            [sys.executable, str(HERE / "tiny_model.py"), str(folder)], check=True, stdout=subprocess.DEVNULL
-        )
+        say(f"Making a random Llama ({preset}) in .demo/{folder.name}")
+        command = [sys.executable, str(HERE / "tiny_model.py"), str(folder), "--preset", preset]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return folder
 
 
@@ -105,17 +161,19 @@ def harness(port: int, *options: str) -> list[str]:
     return [sys.executable, str(HERE / "test_determinism.py"), "--url", f"http://127.0.0.1:{port}", *options]
 
 
-def warm_up(programs: Programs, servers: Mapping[Program, int]) -> None:
+def warm_up(programs: Programs, servers: Mapping[Program, int], options: tuple[str, ...]) -> None:
     """Put every server through a short load with other prompts: a first load is slower, whichever server it meets.
 
     What it finds is not looked at: a server that cannot be tested is told of when it is measured.
     """
     say("Warming both up, so that neither is timed cold")
     for port in servers.values():
-        programs.start("warm-up", harness(port, *WARM_UP), os.environ, FOLDER / "warm-up.log").process.wait()
+        programs.start(
+            "warm-up", harness(port, *options, "--seed", "1"), os.environ, FOLDER / "warm-up.log"
+        ).process.wait()
 
 
-def measure(programs: Programs, server: Program, port: int, result: Path) -> dict:
+def measure(programs: Programs, server: Program, port: int, options: tuple[str, ...], result: Path) -> dict:
     """Run the harness against one server, its output in view; returns its JSON report.
 
     Raises:
@@ -123,7 +181,7 @@ def measure(programs: Programs, server: Program, port: int, result: Path) -> dic
     """
     say(f"\nTesting {server.name}")
     result.unlink(missing_ok=True)
-    status = programs.start("harness", harness(port, *LOAD, "--json", str(result)), os.environ).process.wait()
+    status = programs.start("harness", harness(port, *options, "--json", str(result)), os.environ).process.wait()
     end_of_log = f"the end of {server.log}:\n{server.last_lines()}"
     if server.process.poll() is not None:
         raise Failure(f"{server.name}: the server ended while it was tested; {end_of_log}")
@@ -173,21 +231,23 @@ def demo() -> int:
     begin = time.monotonic()
     our_port, control_port = ports()
     ours_is = switch()
-    check_machine()
+    chosen = scale()
     FOLDER.mkdir(exist_ok=True)
-    model = str(make_model())
+    model = str(make_model(chosen.preset))
     with Programs() as programs:
         say("Starting two servers, plain vLLM and batch-invariant; their logs are in .demo/")
         servers: dict[Program, int] = {}
         for name, port, mode in ((PLAIN, control_port, "0"), (OURS, our_port, ours_is)):
-            env = server_env(port, model, mode)
+            env = server_env(port, model, mode, chosen.settings)
             log = FOLDER / f"{FILES[name]}.log"
             servers[programs.start(name, [sys.executable, str(HERE / "serve.py")], env, log)] = port
         wait_until_ready(servers, START_SECONDS, say)
-        warm_up(programs, servers)
+        warm_up(programs, servers, chosen.options(chosen.warm_up))
         # One is measured while the other idles, and both stay up until the end: neither has the machine to itself.
         results = {
-            server.name: measure(programs, server, port, FOLDER / f"{FILES[server.name]}.json")
+            server.name: measure(
+                programs, server, port, chosen.options(chosen.load[0]), FOLDER / f"{FILES[server.name]}.json"
+            )
             for server, port in servers.items()
         }
     verdict = judge(results[PLAIN], results[OURS])
@@ -206,10 +266,11 @@ def serve() -> int:
     if not env.get("MODEL_NAME", "").strip():
         ports()
         switch()
-        check_machine()
+        chosen = scale()
         FOLDER.mkdir(exist_ok=True)
         defaults = {"VLLM_PORT": "8000", "BATCH_INVARIANT": "1", **env}
-        own = server_env(int(defaults["VLLM_PORT"]), str(make_model()), defaults["BATCH_INVARIANT"])
+        model = str(make_model(chosen.preset))
+        own = server_env(int(defaults["VLLM_PORT"]), model, defaults["BATCH_INVARIANT"], chosen.settings)
         env = own | {name: env[name] for name in OTHER_SETTINGS if env.get(name) and name != "MODEL_NAME"}
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, str(HERE / "serve.py")], env)
