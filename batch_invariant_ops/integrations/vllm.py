@@ -162,11 +162,23 @@ def _patch_worker(worker: ModuleType) -> None:
 
     def load_model_and_check(self: Any, *args: Any, **kwargs: Any) -> Any:
         _require()
+        _refuse_unproven(self.vllm_config)
         result = load_model(self, *args, **kwargs)
-        _check(self.device, self.model_runner.model)
+        _check(self.device, self.model_runner.get_model())
         return result
 
     worker.Worker.load_model = load_model_and_check
+
+
+def _refuse_unproven(config: Any) -> None:
+    """Stop before anything is loaded where the configuration asks for what is not proven, unless that is allowed."""
+    from batch_invariant_ops.integrations import unproven
+
+    found = ", ".join(unproven.unproven(config))
+    if found and not unproven.allowed():
+        _stop(f"not proven to be batch invariant: {found}; {unproven.SWITCH}=1 serves it all the same")
+    if found:
+        logger.warning("%s=1: serving what is not proven to be batch invariant: %s", unproven.SWITCH, found)
 
 
 def _check(device: Any, model: Any) -> None:

@@ -1,0 +1,47 @@
+"""What a vLLM configuration asks for that nobody has proven to be batch invariant: refused, unless the user insists."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+SWITCH = "BATCH_INVARIANT_ALLOW_UNPROVEN"
+PROVEN_CACHE_TYPES = ("auto", "bfloat16", "float16")
+
+# Each gives what it found, in the words of vLLM's own settings, or nothing.
+_QUESTIONS: tuple[Callable[[Any], str | None], ...] = (
+    lambda config: _when(config.model_config.quantization, "quantization={}"),
+    lambda config: _when(config.cache_config.cache_dtype not in PROVEN_CACHE_TYPES, "a quantized KV cache"),
+    lambda config: _when(_experts(config.model_config) > 1, "a mixture of experts"),
+    lambda config: _when(config.model_config.is_multimodal_model, "a multimodal model"),
+    lambda config: _when(config.model_config.is_encoder_decoder, "an encoder-decoder model"),
+    lambda config: _when(config.model_config.is_hybrid or config.model_config.is_attention_free, "state-space layers"),
+    lambda config: _when(config.lora_config, "LoRA"),
+    lambda config: _when(config.speculative_config, "speculative decoding"),
+    lambda config: _when_above_one(config.parallel_config.tensor_parallel_size, "tensor_parallel_size={}"),
+    lambda config: _when_above_one(config.parallel_config.pipeline_parallel_size, "pipeline_parallel_size={}"),
+    lambda config: _when_above_one(config.parallel_config.data_parallel_size, "data_parallel_size={}"),
+)
+
+
+def unproven(config: Any) -> list[str]:
+    """What of a ``VllmConfig`` is not proven, in the order of the table above; empty where all of it is."""
+    return [found for question in _QUESTIONS if (found := question(config)) is not None]
+
+
+def allowed() -> bool:
+    """Whether the user asked to serve what is not proven."""
+    return os.environ.get(SWITCH) == "1"
+
+
+def _experts(model_config: Any) -> int:
+    return int(model_config.get_num_experts() or 0)
+
+
+def _when(value: Any, words: str) -> str | None:
+    return words.format(value) if value else None
+
+
+def _when_above_one(value: int, words: str) -> str | None:
+    return words.format(value) if value > 1 else None
