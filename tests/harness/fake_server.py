@@ -237,7 +237,7 @@ class FakeServer:
         content = {
             "id": "cmpl-same" if behaviour.same_id else f"cmpl-{self.answers}",
             "object": "chat.completion" if chat else "text_completion",
-            "model": asked["model"],
+            "model": asked.get("model", self.behaviour.model),
             "choices": choices,
             "usage": {
                 "prompt_tokens": prompt_tokens,
@@ -338,9 +338,9 @@ class Connection(asyncio.Protocol):
 
 
 @contextlib.contextmanager
-def serving(behaviour: Behaviour) -> Iterator[FakeServer]:
-    """The server in a thread of its own, until the block ends."""
-    server = FakeServer(behaviour)
+def serving(behaviour: Behaviour, kind: type[FakeServer] = FakeServer) -> Iterator[FakeServer]:
+    """The server in a thread of its own, until the block ends; `kind` is a server with more ways to misbehave."""
+    server = kind(behaviour)
     loop = asyncio.new_event_loop()
     loop.run_until_complete(server.start())
     thread = threading.Thread(target=loop.run_forever, daemon=True)
