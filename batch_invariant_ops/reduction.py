@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import torch
 
+CONTRACT_VERSION = 1
+"""Part of every fingerprint; raised whenever a change to this contract changes a bit of any operation's result."""
 LARGEST_BLOCK = 8192
 SMALLEST_BLOCK = 32
 
