@@ -1,0 +1,143 @@
+#!/usr/bin/env python3
+"""Draw the pictures that the documentation shows, from the committed results alone.
+
+    python benchmarks/plot.py            every picture
+    python benchmarks/plot.py proof      one of them
+
+`proof` reads the harness's reports in docs/evidence/demo-h100/ and writes docs/images/proof.svg. The other pictures are
+drawn where their CSV is in benchmarks/results/: `matmul` (ratio to cuBLAS against M) and `cpu_serving`.
+"""
+
+import argparse
+import csv
+import json
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+
+matplotlib.use("svg")
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+IMAGES = ROOT / "docs" / "images"
+GREY, ORANGE, BLUE, GREEN = "#8a8f98", "#d9772b", "#3d8bd4", "#3a9d5d"
+STYLE = {
+    "svg.hashsalt": "batch-invariant",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.facecolor": "white",
+}
+
+
+def save(figure, name: str) -> None:
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    figure.savefig(IMAGES / f"{name}.svg", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    print(IMAGES.relative_to(ROOT) / f"{name}.svg")
+
+
+def proof() -> None:
+    """How far logprobs moved under load, and how long the same work took, for three servers of one model."""
+    folder = ROOT / "docs" / "evidence" / "demo-h100"
+    servers = {
+        "vLLM as shipped": ("plain", ORANGE),
+        "vLLM's own\nbatch-invariant mode": ("vllm-own-mode", GREY),
+        "this kit": ("batch-invariant", BLUE),
+    }
+    reports = {name: json.loads((folder / f"{file}.json").read_text()) for name, (file, _) in servers.items()}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 2.9), layout="constrained", width_ratios=(3, 2))
+    floor = min(x for r in reports.values() for x in r["logprob_differences"] if x > 0) / 10
+    for row, (name, (_, colour)) in enumerate(servers.items()):
+        values = [value or floor for value in reports[name]["logprob_differences"]]
+        heights = [row + (i * 0.618034 % 1 - 0.5) * 0.6 for i in range(len(values))]
+        left.scatter(values, heights, s=6, color=colour, alpha=0.6, linewidths=0)
+        same = f"{reports[name]['identical_to_solo']} of {reports[name]['requests']} identical"
+        left.annotate(same, (1.0, row - 0.36), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9)
+    left.set_xscale("log")
+    left.set_yticks(range(len(servers)), list(servers))
+    left.set_ylim(len(servers) - 0.5, -0.6)
+    powers = [p for p in range(-9, 1) if floor * 3 < 10.0**p < 1]
+    left.set_xticks([floor, *(10.0**p for p in powers)], ["0", *(f"1e{p}" for p in powers)])
+    left.minorticks_off()
+    left.set_xlabel("largest logprob difference, under load against alone; a point a request")
+    for offset, (key, label) in enumerate((("solo_seconds", "alone"), ("loaded_seconds", "under load"))):
+        base = reports["vLLM as shipped"][key]
+        ratios = [report[key] / base for report in reports.values()]
+        bars = right.barh(
+            [row + (offset - 0.5) * 0.36 for row in range(len(servers))], ratios, height=0.32,
+            color=[colour for _, colour in servers.values()], alpha=1.0 if offset else 0.55,
+        )  # fmt: skip
+        right.bar_label(bars, [f"{ratio:.2f}  {label}" for ratio in ratios], padding=3, fontsize=9)
+    right.set_yticks([])
+    right.set_ylim(len(servers) - 0.5, -0.6)
+    right.set_xlim(0, 3.2)
+    right.set_xlabel("time ÷ vLLM as shipped, one run")
+    save(figure, "proof")
+
+
+def matmul() -> None:
+    """Each implementation's time over cuBLAS as shipped against M, the geometric mean over all shapes of the CSV."""
+    path = RESULTS / "matmul.csv"
+    if not path.is_file():
+        return
+    rows = [row for row in csv.DictReader(path.open(encoding="utf-8")) if row["dtype"] == "bf16"]
+    colours = {"auto": BLUE, "triton": GREEN, "vllm-0.33": ORANGE, "thinking-machines": GREY}
+    figure, axes = plt.subplots(figsize=(7.2, 3.4), layout="constrained")
+    for name, colour in colours.items():
+        by_m: dict[int, list[float]] = defaultdict(list)
+        for row in rows:
+            if row["implementation"] == name:
+                by_m[int(row["m"])].append(math.log(float(row["ratio"])))
+        if by_m:
+            sizes = sorted(by_m)
+            axes.plot(sizes, [math.exp(statistics.fmean(by_m[m])) for m in sizes], color=colour, label=name, marker=".")
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("M, rows")
+    axes.set_ylabel("time ÷ cuBLAS as shipped")
+    axes.set_title(rows[0]["gpu"], fontsize=10)
+    axes.legend(frameon=False)
+    save(figure, "matmul")
+
+
+def cpu_serving() -> None:
+    """The demo's two servers in interleaved rounds: our time over the plain server's, a point a round."""
+    path = RESULTS / "cpu_serving.csv"
+    if not path.is_file():
+        return
+    rows = list(csv.DictReader(path.open(encoding="utf-8")))
+    figure, axes = plt.subplots(figsize=(6, 1.8), layout="constrained")
+    for place, key in enumerate(("solo_ratio", "loaded_ratio")):
+        values = [float(row[key]) for row in rows if row[key]]
+        axes.scatter(values, [place] * len(values), color=BLUE, alpha=0.5, s=18)
+        axes.vlines(statistics.median(values), place - 0.3, place + 0.3, color="black")
+    axes.axvline(1, color=GREY, linewidth=0.8)
+    axes.set_yticks((0, 1), ("alone", "under load"))
+    axes.set_ylim(1.6, -0.6)
+    axes.set_xlabel("time ÷ plain vLLM, a point a round; the bar is the median")
+    save(figure, "cpu_serving")
+
+
+PICTURES = {"proof": proof, "matmul": matmul, "cpu_serving": cpu_serving}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pictures", nargs="*", help=f"of {', '.join(PICTURES)}; default: all")
+    arguments = parser.parse_args()
+    unknown = [name for name in arguments.pictures if name not in PICTURES]
+    if unknown:
+        parser.error(f"pictures={unknown[0]!r} is not valid: one of {', '.join(PICTURES)} is needed")
+    for name in arguments.pictures or PICTURES:
+        with plt.rc_context(STYLE):
+            PICTURES[name]()
+
+
+if __name__ == "__main__":
+    main()
