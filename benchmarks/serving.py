@@ -1,0 +1,262 @@
+#!/usr/bin/env python3
+"""Offline serving time of plain vLLM, vLLM's own batch-invariant mode and this kit, interleaved in one run.
+
+Each system is one `vllm.LLM` in a process of its own, with torch.compile and CUDA graphs on and its own compile cache;
+all stay up and are asked in turn, round by round, so that a change of the machine meets all of them. A time is one
+`generate` call over prompts of random token ids, new ones in every round, the same for each system. GPU time is the sum
+of all kernels of one more call under torch's profiler, which also says which kernels they were.
+
+    python3 benchmarks/serving.py --model .demo/llama-8b-8layers
+
+writes serving.csv (a line a call), serving.json (ratios to plain vLLM) and serving_kernels.csv to benchmarks/results/.
+"""
+
+import argparse
+import csv
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PLAIN, OWN, KIT = "plain", "vllm-own-mode", "kit"
+MODE = {"VLLM_BATCH_INVARIANT": "1"}
+ENVIRONMENTS = {
+    PLAIN: {},
+    OWN: MODE,
+    KIT: MODE | {"BATCH_INVARIANT": "1", "CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "1"},
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """That many prompts at once, each of `tokens_in` tokens and answered with `tokens_out`."""
+
+    prompts: int
+    tokens_in: int
+    tokens_out: int
+
+
+WORKLOADS = {
+    "bs1": Workload(1, 128, 128),
+    "bs16": Workload(16, 128, 128),
+    "bs128": Workload(128, 128, 128),
+    "prefill": Workload(32, 2048, 1),
+    "long": Workload(8, 6000, 64),
+}
+
+
+class System:
+    """One engine, in the worker process; asked with one JSON object a line."""
+
+    def __init__(self, arguments: dict) -> None:
+        from vllm import LLM
+
+        self.llm = LLM(**arguments, enable_prefix_caching=False, disable_log_stats=True)
+        self.vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
+
+    def generate(self, workload: Workload, seed: int) -> float:
+        """Seconds of one call."""
+        import time
+
+        from vllm import SamplingParams
+
+        generator = random.Random(seed)
+        prompts = [
+            {"prompt_token_ids": generator.choices(range(2, self.vocabulary), k=workload.tokens_in)}
+            for _ in range(workload.prompts)
+        ]
+        sampling = SamplingParams(
+            temperature=0, max_tokens=workload.tokens_out, min_tokens=workload.tokens_out, ignore_eos=True,
+            detokenize=False,
+        )  # fmt: skip
+        begin = time.perf_counter()
+        answers = self.llm.generate(prompts, sampling, use_tqdm=False)
+        seconds = time.perf_counter() - begin
+        assert all(len(answer.outputs[0].token_ids) == workload.tokens_out for answer in answers)
+        return seconds
+
+    def profile(self, workload: Workload) -> dict[str, list[float]]:
+        """Kernel name -> [calls, milliseconds] of one call."""
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            self.generate(workload, seed=-1)
+        found = {}
+        for event in profiler.key_averages():
+            if event.self_device_time_total:
+                found[event.key] = [event.count, event.self_device_time_total / 1e3]
+        return found
+
+    def versions(self) -> dict[str, str]:
+        import torch
+        import triton
+
+        import vllm
+
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        return {"gpu": gpu, "vllm": vllm.__version__, "torch": torch.__version__, "triton": triton.__version__}
+
+
+def worker(answers) -> None:
+    system = None
+    for line in sys.stdin:
+        ask = json.loads(line)
+        workload = Workload(**ask.pop("workload", {"prompts": 0, "tokens_in": 0, "tokens_out": 0}))
+        do = ask.pop("do")
+        if do == "start":
+            system = System(ask["arguments"])
+            answer = system.versions()
+        elif do == "generate":
+            answer = system.generate(workload, ask["seed"])
+        else:
+            answer = system.profile(workload)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+class Worker:
+    """A system's process."""
+
+    def __init__(self, name: str, log: Path) -> None:
+        drop = {key for environment in ENVIRONMENTS.values() for key in environment}
+        env = {key: value for key, value in os.environ.items() if key not in drop} | ENVIRONMENTS[name]
+        path = [str(ROOT / "vllm"), str(ROOT)] if name == KIT else []
+        env["PYTHONPATH"] = os.pathsep.join([*path, *filter(None, [env.get("PYTHONPATH")])])
+        # the profiler sees the kernels of its own process alone
+        env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        cache = env.get("VLLM_CACHE_ROOT") or str(Path.home() / ".cache" / "vllm")
+        env["VLLM_CACHE_ROOT"] = f"{cache}-{name}"
+        self.name = name
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, "--worker"], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=output, text=True,
+            )  # fmt: skip
+
+    def send(self, **question) -> None:
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+
+    def receive(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"serving: the engine of {self.name} stopped; its log says why")
+        return json.loads(line)
+
+    def ask(self, **question):
+        self.send(**question)
+        return self.receive()
+
+    def stop(self) -> None:
+        self.process.stdin.close()
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+def summary(rows: list[dict], gpu_ms: dict) -> dict:
+    """By workload and system: the median ratio of its time to plain's in the same round, and the ratio of GPU time."""
+    times = {(row["workload"], row["system"], row["round"]): row["seconds"] for row in rows}
+    found: dict = defaultdict(dict)
+    for workload in dict.fromkeys(row["workload"] for row in rows):
+        for system in dict.fromkeys(row["system"] for row in rows):
+            rounds = [r for w, s, r in times if (w, s) == (workload, system)]
+            ratios = [times[workload, system, r] / times[workload, PLAIN, r] for r in rounds]
+            entry = {
+                "ratio": round(statistics.median(ratios), 3),
+                "spread": [round(min(ratios), 3), round(max(ratios), 3)],
+                "seconds": round(statistics.median(times[workload, system, r] for r in rounds), 4),
+            }
+            if gpu_ms.get((workload, PLAIN)):
+                entry["gpu_ms"] = round(gpu_ms[workload, system], 2)
+                entry["gpu_ratio"] = round(gpu_ms[workload, system] / gpu_ms[workload, PLAIN], 3)
+            found[workload][system] = entry
+    return dict(found)
+
+
+def measure(workers: list[Worker], workloads: list[str], rounds: int, kernels_path: Path):
+    """Rows of the CSV; then the GPU's milliseconds by (workload, system)."""
+    rows, gpu_ms = [], {}
+    with kernels_path.open("w", newline="", encoding="utf-8") as file:
+        kernels = csv.writer(file)
+        kernels.writerow(("workload", "system", "kernel", "calls", "ms"))
+        for name in workloads:
+            workload = vars(WORKLOADS[name])
+            for one in workers:
+                one.ask(do="generate", workload=workload, seed=-2)
+            for turn in range(rounds):
+                for one in workers[turn % len(workers) :] + workers[: turn % len(workers)]:
+                    seconds = one.ask(do="generate", workload=workload, seed=turn)
+                    rows.append({"workload": name, "system": one.name, "round": turn, "seconds": round(seconds, 5)})
+            for one in workers:
+                found = one.ask(do="profile", workload=workload)
+                gpu_ms[name, one.name] = sum(ms for _, ms in found.values())
+                for kernel, (calls, ms) in sorted(found.items(), key=lambda item: -item[1][1])[:25]:
+                    kernels.writerow((name, one.name, kernel[:160], calls, round(ms, 3)))
+            latest = {one.name: [r["seconds"] for r in rows if (r["workload"], r["system"]) == (name, one.name)]
+                      for one in workers}  # fmt: skip
+            print(f"{name}: " + ", ".join(f"{s} {statistics.median(t):.3f} s" for s, t in latest.items()), flush=True)
+    return rows, gpu_ms
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--model", help="its folder; vllm/tiny_model.py --preset llama-8b-8layers makes one")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="the folder to write to")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--systems", nargs="+", choices=ENVIRONMENTS, default=list(ENVIRONMENTS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--attention-backend", default="FLASH_ATTN", help="of all systems (default: %(default)s)")
+    parser.add_argument("--kv-cache-gib", type=float, default=6.0, help="of each system (default: %(default)s)")
+    arguments = parser.parse_args()
+    if arguments.worker:
+        # vLLM prints to stdout, which here is the channel back
+        answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+        return worker(answers)
+    if not arguments.model:
+        parser.error("--model='' is not valid: a model's folder is needed")
+    if PLAIN not in arguments.systems:
+        parser.error(f"--systems={' '.join(arguments.systems)!r} is not valid: {PLAIN} is what the others are held to")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    engine = {
+        "model": arguments.model,
+        "max_model_len": 8192,
+        "gpu_memory_utilization": 0.28,
+        "kv_cache_memory_bytes": int(arguments.kv_cache_gib * 2**30),
+    }
+    if arguments.attention_backend != "auto":
+        engine["attention_backend"] = arguments.attention_backend
+    workers = [Worker(name, arguments.out / f"serving-{name}.log") for name in arguments.systems]
+    try:
+        for one in workers:
+            one.send(do="start", arguments=engine)
+        versions, *_ = [one.receive() for one in workers]
+        rows, gpu_ms = measure(workers, arguments.workloads, arguments.rounds, arguments.out / "serving_kernels.csv")
+    finally:
+        for one in workers:
+            one.stop()
+    with (arguments.out / "serving.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, [*versions, *rows[0]])
+        table.writeheader()
+        table.writerows(versions | row for row in rows)
+    found = summary(rows, gpu_ms)
+    text = json.dumps({**versions, "ratio_to": PLAIN, "workloads": found}, indent=2)
+    (arguments.out / "serving.json").write_text(text + "\n", encoding="utf-8")
+    for name, systems in found.items():
+        print(
+            f"{name:8}",
+            *(f"{s} {e['ratio']:.3f} (GPU {e.get('gpu_ratio', '-')})" for s, e in systems.items()),
+            sep="  ",
+        )
+
+
+if __name__ == "__main__":
+    main()
