@@ -1,8 +1,8 @@
-"""What the container runs: look at its caches, ask the hub for the model, run serve.py.
+"""What the container runs: look for the GPU and at the caches, ask the hub for the model, run serve.py.
 
-A cache that cannot be written, or a model that the hub does not give, would end in a traceback much later, from deep
-inside vLLM; it is refused here, in one line and with exit status 2. MODEL_NAME=demo stands for a small random model,
-made once in the cache: the server then needs no GPU and no download. Arguments are serve.py's.
+A GPU that is not there, a cache that cannot be written, or a model that the hub does not give, would end in a traceback
+much later, from deep inside vLLM; it is refused here, in one line and with exit status 2. MODEL_NAME=demo stands for a
+small random model, made once in the cache: the server then needs no GPU and no download. Arguments are serve.py's.
 """
 
 import errno
@@ -21,10 +21,37 @@ HERE = Path(__file__).resolve().parent
 DEMO_MODEL = "demo"
 DEFAULT_MODEL = "meta-llama/Llama-3.1-8B-Instruct"  # serve.py's
 LEAST_FREE = 256 * 2**20  # compiled kernels and graphs of one model
+LEAST_DRIVER = {"cuda12": 525, "cuda13": 580}
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg")  # Linux, WSL 2
 
 
 class Refused(Exception):
     """The container cannot serve like this; its text is the line the user reads."""
+
+
+def check_gpu(stack: str) -> None:
+    """A CUDA stack sees a GPU, and its driver is new enough; the cpu stack needs none.
+
+    Raises:
+        Refused: otherwise.
+    """
+    least = LEAST_DRIVER.get(stack)
+    if least is None:
+        return
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=60)
+        driver = re.match(r"(\d+)\.[\d.]+", answer.stdout) if answer.returncode == 0 else None
+    except (OSError, subprocess.TimeoutExpired):
+        driver = None
+    if driver is None and not any(map(os.path.exists, GPU_DEVICES)):
+        raise Refused(
+            "no NVIDIA GPU is in this container: start it with --gpus all, on a machine with the NVIDIA container "
+            "toolkit, or build the image with STACK=cpu, which needs none"
+        )
+    if driver and int(driver[1]) < least:
+        other = ", or use STACK=cuda12" if stack == "cuda13" and int(driver[1]) >= LEAST_DRIVER["cuda12"] else ""
+        raise Refused(f"the NVIDIA driver is {driver[0]}, the {stack} stack needs {least} or newer: update it{other}")
 
 
 def check_cache(folder: Path, what: str, least_free: int = LEAST_FREE) -> None:
@@ -118,6 +145,7 @@ def prepare(env: dict[str, str]) -> dict[str, str]:
     Raises:
         Refused: where it could not start.
     """
+    check_gpu(env.get("BATCH_INVARIANT_STACK", "").partition(" ")[0])
     env = env | {"VLLM_EXTRA_ARGS": with_drain(env.get("VLLM_EXTRA_ARGS", ""), drain_seconds(env))}
     cache = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     check_cache(cache, "compile cache")

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # importlib mode puts no test fo
 
 from fake_host import Host
 from kit import NAME, Kit, inspect
+from monitors import build_images
 
 
 @pytest.fixture
@@ -39,12 +40,20 @@ def kit(engine, tmp_path_factory):
     kit.clean()
 
 
+@pytest.fixture(scope="session")
+def monitors(kit, tmp_path_factory):
+    """The settings with which Compose starts Prometheus beside the server; none where the package is missing."""
+    if shutil.which("prometheus") is None:
+        return {}
+    return build_images(tmp_path_factory.mktemp("monitors"))
+
+
 @pytest.fixture
-def server(kit):
+def server(kit, monitors):
     """The kit with its Compose server ready; one server serves all tests, and is started again where one ended it."""
     if inspect(NAME, "{{.State.Running}}") != "true":
         kit.make("vllm-stop")
-        kit.make("vllm-compose-up-detached", "NO_BUILD=1")
+        kit.make("vllm-compose-up-detached", "NO_BUILD=1", **monitors)
     kit.wait_ready()
     return kit
 

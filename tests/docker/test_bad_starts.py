@@ -28,6 +28,7 @@ def start(nothing_running):
     [
         (("-e", "MODEL_NAME=/models/none"), "MODEL_NAME='/models/none' is not valid: there is no such folder"),
         (("-e", "MODEL_NAME=org/none", "--network", "none"), "MODEL_NAME='org/none' is not in the cache"),
+        (("-e", "BATCH_INVARIANT_STACK=cuda12 vllm==0.19.1"), "no NVIDIA GPU is in this container"),
         ((*DEMO, "-e", "MAX_MODEL_LEN=abc"), "MAX_MODEL_LEN='abc' is not valid"),
         ((*DEMO, "-e", "VLLM_ATTENTION_BACKEND=FAST"), "VLLM_ATTENTION_BACKEND='FAST' is not valid"),
         ((*DEMO, "-e", "DRAIN_SECONDS=soon"), "DRAIN_SECONDS='soon' is not valid"),
@@ -37,7 +38,7 @@ def start(nothing_running):
         ((*DEMO, "--tmpfs", "/var/cache/batch-invariant:size=1m,mode=1777"), "MiB are needed"),
         (("-e", "MODEL_NAME=org/none", "--tmpfs", "/root/.cache/huggingface:size=1m"), "Hugging Face cache"),
     ],
-    ids=["folder", "hub", "length", "backend", "drain", "open", "read-only", "user", "full", "full-hf-cache"],
+    ids=["folder", "hub", "gpu", "length", "backend", "drain", "open", "read-only", "user", "full", "full-hf-cache"],
 )
 def test_it_is_said_in_one_line(start, tmp_path, options, words):
     status, log = start(*(option.replace("FOLDER", str(tmp_path)) for option in options))

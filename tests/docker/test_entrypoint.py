@@ -83,6 +83,31 @@ def test_a_demo_model_that_fails_leaves_nothing_that_looks_complete(start, tmp_p
     assert not list((tmp_path / "cache").iterdir())
 
 
+@pytest.mark.parametrize(
+    "stack, driver, words",
+    [
+        ("cuda12", None, "no NVIDIA GPU is in this container: start it with --gpus all"),
+        ("cuda12", "470.256.02", "the NVIDIA driver is 470.256.02, the cuda12 stack needs 525 or newer: update it"),
+        ("cuda13", "570.86.15", "the cuda13 stack needs 580 or newer: update it, or use STACK=cuda12"),
+        ("cuda12", "525.60.13", None),
+        ("cuda13", "580.65.06", None),
+        ("cpu", None, None),
+    ],
+)
+@pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="this machine has a GPU: none cannot be shown")
+def test_a_gpu_is_there_for_a_stack_that_needs_one(start, tmp_path, stack, driver, words):
+    if driver:
+        tool = tmp_path / "bin" / "nvidia-smi"
+        tool.parent.mkdir()
+        tool.write_text(f"#!/bin/sh\necho {driver}\n")
+        tool.chmod(0o755)
+    done = start(MODEL_NAME="org/name", BATCH_INVARIANT_STACK=f"{stack} vllm==1", PATH=str(tmp_path / "bin"))
+    if words:
+        assert words in refusal(done)
+    else:
+        assert done.stdout.startswith("serve")
+
+
 @pytest.mark.parametrize("variable, what", [("XDG_CACHE_HOME", "compile cache"), ("HF_HOME", "Hugging Face cache")])
 def test_an_unwritable_cache_is_named(start, variable, what):
     line = refusal(start(MODEL_NAME="org/name", **{variable: "/proc/here"}))
