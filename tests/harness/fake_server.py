@@ -28,7 +28,8 @@ class Behaviour:
     prompts alone come next). rates: by fault, the share of completion requests, drawn from `seed`.
     Faults: drop, stall, truncate, not_json, error_500, busy (503, Retry-After), limited (429, Retry-After), nan, null,
     no_choice, two_choices, swap (another prompt's answer), logprob (one ulp), alternative (one ulp), token, text,
-    no_logprobs, die (the server is gone), stream_error, stream_cut.
+    no_logprobs, no_alternatives, die (the server is gone), restart (it is gone, and there again a moment later),
+    stream_error, stream_cut.
     """
 
     model: str = "fake"
@@ -44,6 +45,13 @@ class Behaviour:
     model_list: bool = True
     same_id: bool = False
     empty: bool = False
+    reorders: bool = False
+    """Of two requests that wait, each gets the other's answer."""
+    fingerprints: tuple[str, ...] = ()
+    """system_fingerprint of the answers, in turn."""
+    background_fault: str | None = None
+    """The fault of every request that asks for no logprobs, as other traffic does."""
+    message: str = "engine died"
     retry_after: str = "0"
     faults: dict[int, str] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
@@ -94,10 +102,12 @@ class FakeServer:
         self.behaviour = behaviour
         self.random = random.Random(behaviour.seed)
         self.requests = 0
+        self.faults_given = 0
         self.answers = 0
         self.bodies: list[dict[str, Any]] = []
         self.connections: set[Connection] = set()
         self.most_connections = 0
+        self.held: tuple[Connection, bytes] | None = None
         self.server: asyncio.Server | None = None
         self.port = 0
         self.keep_bodies = True
@@ -107,6 +117,12 @@ class FakeServer:
         loop = asyncio.get_running_loop()
         self.server = await loop.create_server(lambda: Connection(self), "127.0.0.1", port, backlog=4096)
         self.port = self.server.sockets[0].getsockname()[1]
+
+    def restart(self) -> None:
+        """Die, and be there again on the same port."""
+        self.die()
+        loop = asyncio.get_running_loop()
+        loop.call_later(0.3, lambda: loop.create_task(self.start(self.port)))
 
     def die(self) -> None:
         """Close the port and every connection."""
@@ -164,9 +180,14 @@ class FakeServer:
         if self.keep_bodies:
             self.bodies.append(asked)
         fault = self.fault(number)
+        if self.behaviour.background_fault and "logprobs" not in asked:
+            fault = self.behaviour.background_fault
+        self.faults_given += fault is not None
         refusal = self.refusal(asked, chat)
         if fault == "die":
             self.die()
+        elif fault == "restart":
+            self.restart()
         elif fault == "drop":
             connection.transport.abort()
         elif fault == "stall":
@@ -176,7 +197,8 @@ class FakeServer:
             error = {"error": {"message": "too many requests", "type": "overloaded", "code": status}}
             connection.reply(status, error, {"retry-after": self.behaviour.retry_after})
         elif fault == "error_500":
-            connection.reply(500, {"error": {"message": "engine died", "type": "InternalServerError", "code": 500}})
+            error = {"message": self.behaviour.message, "type": "InternalServerError", "code": 500}
+            connection.reply(500, {"error": error})
         elif refusal is not None:
             error = {"message": refusal, "type": "BadRequestError", "param": None, "code": 400}
             connection.reply(400, {"error": error})
@@ -186,8 +208,20 @@ class FakeServer:
             self.stream(connection, asked, chat, fault)
         else:
             data = json.dumps(self.answer(asked, chat, fault)).encode()
-            connection.raw(200, data[: len(data) // 2] if fault == "truncate" else data)
+            data = data[: len(data) // 2] if fault == "truncate" else data
             self.answers += 1
+            if self.behaviour.reorders and number > 10:
+                self.reorder(connection, data)
+            else:
+                connection.raw(200, data)
+
+    def reorder(self, connection: "Connection", data: bytes) -> None:
+        if self.held is None:
+            self.held = connection, data
+        else:
+            (other, its), self.held = self.held, None
+            connection.raw(200, its)
+            other.raw(200, data)
 
     def refusal(self, asked: dict[str, Any], chat: bool) -> str | None:
         behaviour = self.behaviour
@@ -226,6 +260,8 @@ class FakeServer:
         if wants and behaviour.logprobs and fault != "no_logprobs":
             as_ids = behaviour.token_ids and bool(asked.get("return_tokens_as_token_ids"))
             choice["logprobs"] = (chat_logprobs if chat else completion_logprobs)(tokens, as_ids)
+            if fault == "no_alternatives":
+                choice["logprobs"].pop("top_logprobs", None)
         ids = {}
         if behaviour.token_ids and asked.get("return_token_ids"):
             choice["token_ids"] = [token for token, _, _ in tokens]
@@ -245,6 +281,8 @@ class FakeServer:
                 "total_tokens": prompt_tokens + count,
             },
         }
+        if behaviour.fingerprints:
+            content["system_fingerprint"] = behaviour.fingerprints[self.answers % len(behaviour.fingerprints)]
         return content | (ids if chat else {})
 
     def stream(self, connection: "Connection", asked: dict[str, Any], chat: bool, fault: str | None) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlsplit
 
-from .errors import UsageError
+from .errors import EXIT_READER_GONE, UsageError
 from .files import check_writable
 from .output import Screen
 from .protocol import LEVELS
@@ -176,7 +176,10 @@ def read_prompts(arguments: argparse.Namespace) -> tuple[str, ...]:
     for prompt in prompts:
         if not prompt.strip():
             raise UsageError("--prompt", prompt, "a text that is not empty is needed")
-    return tuple(dict.fromkeys(prompts))
+    different = tuple(dict.fromkeys(prompts))
+    if len(different) > arguments.requests:
+        raise UsageError("--requests", arguments.requests, f"one for each of the {len(different)} prompts is needed")
+    return different
 
 
 def json_prompt(path: str, number: int, line: str) -> str:
@@ -239,4 +242,8 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     colour = not arguments.no_color and not os.environ.get("NO_COLOR")
     screen = Screen(sys.stderr if arguments.json == "-" else sys.stdout, colour, arguments.quiet)
-    return execute(found, Outputs(screen, arguments.json, arguments.junit))
+    try:
+        return execute(found, Outputs(screen, arguments.json, arguments.junit))
+    except BrokenPipeError:  # `| head -1`: nobody reads any more, and the interpreter must not try again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), screen.stream.fileno())
+        return EXIT_READER_GONE

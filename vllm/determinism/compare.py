@@ -105,7 +105,7 @@ def first_difference(alone: Answer, loaded: Answer, level: str, request: int, pr
         return Divergence(request, prompt_id, *nothing, what=what, character=character)
     a, b = item(alone.logprobs, index), item(loaded.logprobs, index)
     if what == "alternatives":
-        a, b = different(alone.top_logprobs[index], loaded.top_logprobs[index])
+        a, b = different(item(alone.top_logprobs, index) or (), item(loaded.top_logprobs, index) or ())
     return Divergence(
         request=request,
         prompt_id=prompt_id,

@@ -5,6 +5,8 @@ EXIT_FAIL = 1
 EXIT_USAGE = 2
 EXIT_INCONCLUSIVE = 3
 EXIT_INTERRUPTED = 130
+EXIT_READER_GONE = 141
+"""As the shell has it for a command whose reader went away."""
 
 
 class HarnessError(Exception):

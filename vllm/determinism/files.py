@@ -1,6 +1,7 @@
 """A run's result as JSON, and as JUnit XML for a CI."""
 
 import json
+import math
 import os
 import sys
 import tempfile
@@ -83,12 +84,15 @@ def check_writable(name: str, path: str | None) -> None:
 
 
 def write(path: str, text: str) -> None:
-    """Write a whole file or, where that fails, leave the old one as it was; - is stdout."""
+    """Write a whole file or, where that fails, leave the old one as it was; - is stdout, and a device stays one."""
     if path == "-":
         sys.stdout.write(text)
         sys.stdout.flush()
         return
-    target = Path(path).absolute()
+    target = Path(path).resolve()
+    if target.exists() and not target.is_file():
+        target.write_text(text, encoding="utf-8")
+        return
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -101,7 +105,16 @@ def write(path: str, text: str) -> None:
 
 
 def write_json(path: str, content: dict[str, Any]) -> None:
-    write(path, json.dumps(content, indent=1, ensure_ascii=True) + "\n")
+    write(path, json.dumps(finite(content), indent=1, ensure_ascii=True, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """The same with null for every number that JSON has none for: an alternative's logprob may be -inf."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_junit(path: str, content: dict[str, Any]) -> None:

@@ -100,6 +100,7 @@ def cut_short(tally: Tally, error: BaseException) -> Verdict:
         exit_code, why = EXIT_INTERRUPTED, "interrupted"
     why = f"{why}; partial results: {tally.answered} of {tally.planned} requests were answered"
     if tally.diverged:
+        exit_code = EXIT_INTERRUPTED if exit_code == EXIT_INTERRUPTED else EXIT_FAIL
         return Verdict("fail", f"{why}, {tally.diverged} of them other than alone", exit_code, partial=True)
     kind = "fail" if exit_code == EXIT_FAIL else "inconclusive"
     return Verdict(kind, why, exit_code, partial=True)
