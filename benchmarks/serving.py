@@ -82,9 +82,12 @@ class System:
         return seconds
 
     def profile(self, workload: Workload) -> dict[str, list[float]]:
-        """Kernel name -> [calls, milliseconds] of one call."""
+        """Kernel name -> [calls, milliseconds] of one call; empty without a GPU."""
+        import torch
         from torch.profiler import ProfilerActivity, profile
 
+        if not torch.cuda.is_available():
+            return {}
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             self.generate(workload, seed=-1)
         found = {}
@@ -213,6 +216,7 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--systems", nargs="+", choices=ENVIRONMENTS, default=list(ENVIRONMENTS))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--max-model-len", type=int, default=8192, help="(default: %(default)s)")
     parser.add_argument("--attention-backend", default="FLASH_ATTN", help="of all systems (default: %(default)s)")
     parser.add_argument("--kv-cache-gib", type=float, default=6.0, help="of each system (default: %(default)s)")
     arguments = parser.parse_args()
@@ -228,7 +232,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     engine = {
         "model": arguments.model,
-        "max_model_len": 8192,
+        "max_model_len": arguments.max_model_len,
         "gpu_memory_utilization": 0.28,
         "kv_cache_memory_bytes": int(arguments.kv_cache_gib * 2**30),
     }
