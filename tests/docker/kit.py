@@ -106,14 +106,25 @@ class Kit:
 
     def request(self, path: str, body: dict | None = None, key: str | None = KEY) -> tuple[int, str]:
         """One request; status and body, also of a refusal."""
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        content = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, content, headers)
         try:
-            with urllib.request.urlopen(request, timeout=120) as answer:
+            with self.open(path, body, key) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
+
+    def open(self, path: str, body: dict | None, key: str | None = KEY):
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        content = None if body is None else json.dumps(body).encode()
+        return urllib.request.urlopen(urllib.request.Request(self.url + path, content, headers), timeout=120)
+
+    def last_event(self, path: str, body: dict, begun: Callable[[], None]) -> str:
+        """Read a stream to its end, telling when its first event is there; its last event."""
+        last = ""
+        with self.open(path, body | {"stream": True}) as answer:
+            for line in filter(None, map(bytes.strip, answer)):
+                begun()
+                last = line.decode().removeprefix("data: ")
+        return last
 
     def bits(self) -> str:
         """A completion with its logprobs, as the server printed them: equal strings are equal bits."""
