@@ -23,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 SUPPORTED_RELEASES = ("0.19.1", "0.26.0", "0.32.0")
 # to vLLM, VLLM_PORT is an internal port, and the others are unknown variables to warn of
 NOT_FOR_VLLM = {"VLLM_PORT", "VLLM_HOST", "VLLM_BIND", "VLLM_ATTENTION_BACKEND", "VLLM_EXTRA_ARGS"}
+MIDDLEWARE = "batch_invariant_ops.integrations.fingerprint.FingerprintMiddleware"
 SWITCHES_OF_THE_MODE = {
     "VLLM_BATCH_INVARIANT": "1",
     "VLLM_CPU_ATTN_SPLIT_KV": "0",
@@ -114,7 +115,7 @@ def command(settings: Settings, installed: Installed) -> list[str]:
         argv += ["vllm.entrypoints.cli.main", "serve", settings.model]
     else:  # the command line asks for the version of a distribution named vllm, and stops where it has another name
         argv += ["vllm.entrypoints.openai.api_server", "--model", settings.model]
-    argv += ["--host", settings.host, "--port", str(settings.port)]
+    argv += ["--host", settings.host, "--port", str(settings.port), "--middleware", MIDDLEWARE]
     backend = settings.attention_backend
     if backend == "auto" and settings.batch_invariant and not installed.is_cpu:
         backend = automatic_backend()

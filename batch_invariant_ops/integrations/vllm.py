@@ -164,7 +164,7 @@ def _patch_worker(worker: ModuleType) -> None:
         _require()
         _refuse_unproven(self.vllm_config)
         result = load_model(self, *args, **kwargs)
-        _check(self.device, self.model_runner.get_model())
+        _check(self.vllm_config, self.device, self.model_runner.get_model())
         return result
 
     worker.Worker.load_model = load_model_and_check
@@ -181,9 +181,10 @@ def _refuse_unproven(config: Any) -> None:
         logger.warning("%s=1: serving what is not proven to be batch invariant: %s", unproven.SWITCH, found)
 
 
-def _check(device: Any, model: Any) -> None:
+def _check(config: Any, device: Any, model: Any) -> None:
     """Prove the model's own linear layers, check every operation, tell the result, and stop if it does not hold."""
     from batch_invariant_ops import selfcheck, status
+    from batch_invariant_ops.integrations import fingerprint
     from batch_invariant_ops.ops import linear as linear_op
 
     if device.type == "cuda":
@@ -193,7 +194,9 @@ def _check(device: Any, model: Any) -> None:
                 bias = None if getattr(module, "skip_bias_add", False) else getattr(module, "bias", None)
                 linear_op.prepare(weight, bias)
     report = selfcheck.run(device)
-    status.write({"version": __version__, "vllm": _release(), "device": report.device, "ok": report.ok})
+    numerics = fingerprint.of_worker(config, device, model)
+    found = {"version": __version__, "vllm": _release(), "device": report.device, "ok": report.ok}
+    status.write(found | {"numerics": numerics})
     if not report.ok:
         _stop(f"the self-check failed on {report.device}: {', '.join(report.failed)}")
     logger.info(report.line())
