@@ -207,6 +207,8 @@ def read_settings(argv: list[str] | None) -> tuple[list[str], Settings]:
     key, example = os.environ.get("VLLM_API_KEY") or "", found.pop("example")
     if not (key.isascii() and key.isprintable()):
         parser.error("VLLM_API_KEY is not valid: printable ASCII characters are needed")
+    if any("\ud800" <= character <= "\udfff" for character in found["prompt"]):
+        parser.error(f"--prompt={found['prompt']!r} is not valid: UTF-8 is needed")
     return [example] if example else list(EXAMPLES), Settings(**found, api_key=key)
 
 
@@ -224,8 +226,6 @@ def main(argv: list[str] | None = None) -> int:
         message, status = failure.args
     except (httpx.InvalidURL, httpx.UnsupportedProtocol):
         message, status = f"--url={settings.url!r} (VLLM_PORT) is not valid: http://127.0.0.1:8000 would be", 2
-    except UnicodeEncodeError:
-        message, status = f"--prompt={settings.prompt!r} is not valid: UTF-8 is needed", 2
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
         message, status = f"nothing answers at {settings.url} ({error})", 2
     except httpx.HTTPError as error:
