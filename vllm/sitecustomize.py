@@ -14,6 +14,7 @@ HOOKED = {
     "vllm.envs",
     "vllm.model_executor.layers.batch_invariant",
     "vllm.model_executor.determinism.batch_invariant",
+    "vllm.model_executor.layers.layernorm",
     "vllm.model_executor.layers.utils",
     "vllm.v1.worker.gpu_worker",
     "vllm.v1.metrics.prometheus",

@@ -124,6 +124,23 @@ def _patch_seam(seam: ModuleType) -> None:
         logger.debug("%s.%s is now %s.%s", seam.__name__, name, ours.__module__, ours.__qualname__)
 
 
+def _patch_layernorm(layernorm: ModuleType) -> None:
+    """Give vLLM's compiler one kernel for the norm on a GPU, where it would trace vLLM's plain torch code.
+
+    That code's mean becomes our opaque op while the mode is on, and the compiler then makes three kernels of a norm
+    that is one kernel here, with the order of its sum written in the contract.
+    """
+    native = layernorm.RMSNorm.forward_native
+
+    def forward_native(self: Any, x: Any, residual: Any = None) -> Any:
+        if not x.is_cuda or self.variance_size_override is not None:
+            return native(self, x, residual)
+        weight = self.weight.data if self.has_weight else None
+        return rms_norm(x, weight, self.variance_epsilon, residual)
+
+    layernorm.RMSNorm.forward_native = forward_native
+
+
 def _patch_layer_utils(utils: ModuleType) -> None:
     """Put every unquantized linear layer on a CPU behind the proven op."""
     dispatch = getattr(utils, "dispatch_cpu_unquantized_gemm", None)
@@ -285,6 +302,7 @@ _PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "vllm.envs": _patch_envs,
     "vllm.model_executor.layers.batch_invariant": _patch_seam,
     "vllm.model_executor.determinism.batch_invariant": _patch_seam,
+    "vllm.model_executor.layers.layernorm": _patch_layernorm,
     "vllm.model_executor.layers.utils": _patch_layer_utils,
     "vllm.v1.worker.gpu_worker": _patch_worker,
     "vllm.v1.metrics.prometheus": _patch_metrics,

@@ -150,3 +150,39 @@ def test_vllms_compile_cache_is_keyed_by_the_kits_version():
 
     assert python(show, BATCH_INVARIANT="1").stdout.splitlines()[-1] == __version__
     assert python(show).stdout.splitlines()[-1] == "None"
+
+
+def test_every_module_that_is_patched_is_hooked_and_the_reverse():
+    shown = python(
+        "import sitecustomize as hook; from batch_invariant_ops.integrations import vllm as integration\n"
+        "print(sorted(hook.HOOKED) == sorted(integration._PATCHES))",
+        path=[ROOT],
+    )
+    assert shown.stdout == "True\n", shown.stdout + shown.stderr
+
+
+NORM = """
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+import vllm.model_executor.layers.layernorm as layernorm
+with set_current_vllm_config(VllmConfig()):
+    norm = layernorm.RMSNorm(8, eps=1e-5)
+x, residual = torch.randn(3, 8), torch.randn(3, 8)
+print('cpu', norm.forward_native(x).shape == (3, 8), len(norm.forward_native(x, residual)))
+with torch._subclasses.FakeTensorMode():
+    x = torch.empty(3, 8, device='cuda')
+    norm.weight = torch.nn.Parameter(torch.empty(8, device='cuda'))
+    from torch.fx.experimental.proxy_tensor import make_fx
+    print('traced', make_fx(lambda x: norm.forward_native(x))(x).code)
+    print('with residual', make_fx(lambda x: norm.forward_native(x, x)[0])(x).code)
+"""
+
+
+@needs_vllm
+def test_the_norm_is_one_opaque_kernel_on_a_gpu_and_vllms_own_code_on_a_cpu():
+    shown = python(NORM, BATCH_INVARIANT="1").stdout
+    assert "cpu True 2" in shown
+    traced, with_residual = shown.split("traced")[1].split("with residual")
+    assert "batch_invariant_ops.rms_norm" in traced and "mean" not in traced
+    assert "batch_invariant_ops.fused_add_rms_norm" in with_residual and "mean" not in with_residual
+    assert "batch_invariant_ops.rms_norm" not in python(NORM).stdout
