@@ -12,6 +12,7 @@ writes serving.csv (a line a call), serving.json (ratios to plain vLLM) and serv
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -183,29 +184,50 @@ def summary(rows: list[dict], gpu_ms: dict) -> dict:
     return dict(found)
 
 
-def measure(workers: list[Worker], workloads: list[str], rounds: int, kernels_path: Path):
-    """Rows of the CSV; then the GPU's milliseconds by (workload, system)."""
-    rows, gpu_ms = [], {}
-    with kernels_path.open("w", newline="", encoding="utf-8") as file:
-        kernels = csv.writer(file)
-        kernels.writerow(("workload", "system", "kernel", "calls", "ms"))
-        for name in workloads:
-            workload = vars(WORKLOADS[name])
-            for one in workers:
-                one.ask(do="generate", workload=workload, seed=-2)
-            for turn in range(rounds):
-                for one in workers[turn % len(workers) :] + workers[: turn % len(workers)]:
-                    seconds = one.ask(do="generate", workload=workload, seed=turn)
-                    rows.append({"workload": name, "system": one.name, "round": turn, "seconds": round(seconds, 5)})
-            for one in workers:
-                found = one.ask(do="profile", workload=workload)
-                gpu_ms[name, one.name] = sum(ms for _, ms in found.values())
-                for kernel, (calls, ms) in sorted(found.items(), key=lambda item: -item[1][1])[:25]:
-                    kernels.writerow((name, one.name, kernel[:160], calls, round(ms, 3)))
-            latest = {one.name: [r["seconds"] for r in rows if (r["workload"], r["system"]) == (name, one.name)]
-                      for one in workers}  # fmt: skip
-            print(f"{name}: " + ", ".join(f"{s} {statistics.median(t):.3f} s" for s, t in latest.items()), flush=True)
-    return rows, gpu_ms
+def measure(workers: list[Worker], workloads: list[str], rounds: int, gpu_ms: dict):
+    """Rows of the CSV, and of the kernels' CSV, as they come: ("call", ...) and ("kernel", ...).
+
+    Fills ``gpu_ms``, the GPU's milliseconds by (workload, system).
+    """
+    for name in workloads:
+        workload = vars(WORKLOADS[name])
+        seconds: dict[str, list[float]] = {one.name: [] for one in workers}
+        for one in workers:
+            one.ask(do="generate", workload=workload, seed=-2)
+        for turn in range(rounds):
+            for one in workers[turn % len(workers) :] + workers[: turn % len(workers)]:
+                taken = round(one.ask(do="generate", workload=workload, seed=turn), 5)
+                seconds[one.name].append(taken)
+                yield "call", {"workload": name, "system": one.name, "round": turn, "seconds": taken}
+        for one in workers:
+            found = one.ask(do="profile", workload=workload)
+            gpu_ms[name, one.name] = sum(ms for _, ms in found.values())
+            for kernel, (calls, ms) in sorted(found.items(), key=lambda item: -item[1][1])[:25]:
+                row = {"workload": name, "system": one.name, "kernel": kernel[:160], "calls": calls, "ms": round(ms, 3)}
+                yield "kernel", row
+        print(f"{name}: " + ", ".join(f"{s} {statistics.median(t):.3f} s" for s, t in seconds.items()), flush=True)
+
+
+def record(folder: Path, versions: dict[str, str], found) -> list[dict]:
+    """Write each row to its CSV when it comes, so that a run that is cut short keeps what it has; returns the calls."""
+    names = {"call": "serving.csv", "kernel": "serving_kernels.csv"}
+    calls: list[dict] = []
+    with contextlib.ExitStack() as stack:
+        files = {
+            kind: stack.enter_context((folder / name).open("w", newline="", encoding="utf-8"))
+            for kind, name in names.items()
+        }
+        tables: dict[str, csv.DictWriter] = {}
+        for kind, row in found:
+            row = versions | row
+            if kind not in tables:
+                tables[kind] = csv.DictWriter(files[kind], list(row))
+                tables[kind].writeheader()
+            tables[kind].writerow(row)
+            files[kind].flush()
+            if kind == "call":
+                calls.append(row)
+    return calls
 
 
 def main() -> None:
@@ -243,14 +265,11 @@ def main() -> None:
         for one in workers:
             one.send(do="start", arguments=engine)
         versions, *_ = [one.receive() for one in workers]
-        rows, gpu_ms = measure(workers, arguments.workloads, arguments.rounds, arguments.out / "serving_kernels.csv")
+        gpu_ms: dict = {}
+        rows = record(arguments.out, versions, measure(workers, arguments.workloads, arguments.rounds, gpu_ms))
     finally:
         for one in workers:
             one.stop()
-    with (arguments.out / "serving.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, [*versions, *rows[0]])
-        table.writeheader()
-        table.writerows(versions | row for row in rows)
     found = summary(rows, gpu_ms)
     text = json.dumps({**versions, "ratio_to": PLAIN, "workloads": found}, indent=2)
     (arguments.out / "serving.json").write_text(text + "\n", encoding="utf-8")
