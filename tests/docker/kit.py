@@ -13,6 +13,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from threading import Event
 
@@ -133,6 +134,22 @@ class Kit:
         assert status == 200, body
         choice = json.loads(body)["choices"][0]
         return json.dumps([choice["text"], choice["logprobs"]])
+
+    def compiled(self) -> list[str]:
+        """What torch.compile has made in the compile cache: each library with the time when it was written."""
+        find = ("find", "/var/cache/batch-invariant", "-name", "*.so", "-printf", "%p %T@\\n")
+        return sorted(docker("exec", NAME, *find).splitlines())
+
+    def start_seconds(self) -> list[float]:
+        """How long each start of the container took, from the first word of serve.py until the server was ready."""
+        seconds, begun = [], None
+        for line in docker("logs", "--timestamps", NAME).splitlines():
+            time, _, words = line.partition(" ")
+            if words.startswith("vLLM  "):
+                begun = datetime.fromisoformat(time[:26])
+            elif "Application startup complete" in words and begun:
+                seconds.append((datetime.fromisoformat(time[:26]) - begun).total_seconds())
+        return seconds
 
     def log(self) -> str:
         return docker("logs", NAME)

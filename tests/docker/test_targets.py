@@ -64,8 +64,10 @@ def test_a_server_in_the_foreground_ends_with_ctrl_c(nothing_running, target):
             os.killpg(make.pid, signal.SIGKILL)
 
 
-def test_vllm_compose_down_removes_the_container_and_keeps_the_caches(server):
-    server.make("vllm-compose-down")
+def test_vllm_compose_down_removes_the_container_and_keeps_the_caches(nothing_running):
+    nothing_running.make("vllm-compose-up-detached", "NO_BUILD=1")
+    assert inspect(NAME, "{{.State.Running}}") == "true"
+    nothing_running.make("vllm-compose-down")
     assert "No such object" in inspect(NAME, "{{.Id}}")
     assert {f"{NAME}_compiled", f"{NAME}_huggingface"} <= set(docker("volume", "ls", "--quiet").split())
 
