@@ -8,10 +8,13 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 GPU_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "FLEX_ATTENTION")
 DTYPES = ("auto", "bfloat16", "float16", "half", "float32", "float")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+# rotary embeddings whose max_position_embeddings is the end; the others' is multiplied by their factor
+ROPE_THAT_LIMITS = ("default", "llama3", "longrope", "su")
 OWN_FLAGS = {
     "--host": "VLLM_HOST",
     "--port": "VLLM_PORT",
@@ -36,7 +39,7 @@ class BadSetting(ValueError):
 
 def whole_number(name: str, value: str, low: int, high: int, unit: str) -> int:
     if not re.fullmatch(r"\d{1,12}", value) or not low <= int(value) <= high:
-        raise BadSetting(name, value, f"a whole number of {unit} from {low} to {high} is needed")
+        raise BadSetting(name, value, f"{unit} from {low} to {high} is needed")
     return int(value)
 
 
@@ -96,7 +99,9 @@ class Settings:
                 ("auto", *GPU_BACKENDS, "CPU_ATTN"),
             ),
             max_model_len=optional("MAX_MODEL_LEN", lambda n, v: checked_length(n, v, model)),
-            tensor_parallel_size=optional("TENSOR_PARALLEL_SIZE", lambda n, v: whole_number(n, v, 1, 1024, "GPUs")),
+            tensor_parallel_size=optional(
+                "TENSOR_PARALLEL_SIZE", lambda n, v: whole_number(n, v, 1, 1024, "a whole number of GPUs")
+            ),
             gpu_memory_utilization=optional("GPU_MEMORY_UTILIZATION", fraction),
             dtype=optional("DTYPE", lambda n, v: one_of(n, v, DTYPES)),
             served_model_name=get("SERVED_MODEL_NAME") or None,
@@ -129,8 +134,7 @@ def checked_model(name: str) -> str:
     """A folder that holds a model, or a hub id: the folder is looked into here, the hub is vLLM's to ask."""
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise BadSetting("MODEL_NAME", name, "the folder holds no config.json, so it is no Hugging Face model")
+        read_config(folder)
         return str(folder)
     if name.startswith(("/", "./", "../", "~")):
         raise BadSetting("MODEL_NAME", name, "there is no such folder; a folder or a hub id is needed")
@@ -139,13 +143,31 @@ def checked_model(name: str) -> str:
     return name
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json, or the part of it that describes the language model.
+
+    Raises:
+        BadSetting: there is none, or it is none.
+    """
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return dict(content.get("text_config", content))
+    except FileNotFoundError:
+        reason = "the folder holds no config.json, so it is no Hugging Face model"
+    except (OSError, TypeError, ValueError, AttributeError) as error:
+        reason = f"the folder's config.json cannot be read ({error}): a Hugging Face model is needed"
+    raise BadSetting("MODEL_NAME", str(folder), reason)
+
+
 def checked_length(name: str, value: str, model: str) -> int:
-    length = whole_number(name, value, 1, 10**9, "tokens")
-    config = Path(model) / "config.json"
-    if config.is_file() and os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN") != "1":
-        content = json.loads(config.read_text(encoding="utf-8"))
-        limit = content.get("text_config", content).get("max_position_embeddings")
-        if limit and length > limit and not content.get("rope_scaling"):
+    """A context length that the model's positions allow; where its config stretches them, vLLM counts them."""
+    length = whole_number(name, value, 1, 10**9, "a whole number of tokens")
+    if Path(model).is_dir() and os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN") != "1":
+        config = read_config(Path(model))
+        limit = config.get("max_position_embeddings")
+        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        is_stretched = rope.get("rope_type", rope.get("type", "default")) not in ROPE_THAT_LIMITS
+        if limit and length > limit and not is_stretched:
             raise BadSetting(name, value, f"the model in {model} has {limit} positions, so at most {limit} is needed")
     return length
 
