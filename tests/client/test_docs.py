@@ -81,8 +81,8 @@ def test_a_stream_with_an_error_in_it_is_no_answer(documented, snippet):
     "behaviour, words",
     [
         (Behaviour(api_key="secret"), "the server asks for its key: set VLLM_API_KEY to it"),
-        (Behaviour(), "HTTP 404: "),
-        (Behaviour(model="no-such-model", rates={"error_500": 1.0}), "HTTP 500: "),
+        (Behaviour(), "Error code: 404"),
+        (Behaviour(model="no-such-model", rates={"error_500": 1.0}), "Error code: 500"),
     ],
     ids=["key", "model", "server"],
 )
