@@ -6,27 +6,27 @@ made for each (N, K, dtype, bias, layout) when the op runs, never when a compile
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
-from collections.abc import Iterable
+from collections import Counter
 
 import torch
 
+from batch_invariant_ops import proving
+from batch_invariant_ops.certificates import Case
 from batch_invariant_ops.ops import matmul as own
-from batch_invariant_ops.proof import Window, find_window
+from batch_invariant_ops.ops import vendor_gemm
+from batch_invariant_ops.proof import Window
 
 logger = logging.getLogger(__name__)
 
 CHOICES = ("auto", "vendor", "triton")
-GRAPH_SIZES = (1, 2, 4, *range(8, 513, 8))
-LARGER_SIZES = (3, 5, 17, 100, 513, 640, 768, 1000, 1024, 1536, 2048, 3000, 4096, 6000, 8192)
-LARGEST_FLOOR = 64
-LARGEST_OUTPUT = 2**29
-_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+PROVE_AT_CALL = 3
+WIDTH_STEP = 8
 
-Key = tuple[int, int, torch.dtype, bool, bool, "int | None"]
+Key = tuple[int, int, torch.dtype, bool, bool, int]
 _windows: dict[Key, Window | None] = {}
+_calls: Counter[Key] = Counter()
 
 
 def choice() -> str:
@@ -51,25 +51,85 @@ def linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> t
 
 
 def gemm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """a [M, K] · b [K, N] + bias [N] on a GPU, by the vendor where that was proven, else by our kernel."""
-    if not _is_plain(a, b, bias):
+    """a [M, K] · b [K, N] + bias [N] on a GPU, by the vendor where that was proven, else by our kernel.
+
+    A GEMM that no ``prepare`` announced is proven when it is called for the third time, outside a graph's capture.
+    """
+    key = _key(a, b, bias)
+    if key is None:
+        if a.shape[0] == 1 and a.stride(1) == 1 and a.stride(0) != a.shape[1]:
+            return gemm(a.as_strided(a.shape, (a.shape[1], 1)), b, bias)  # one row is packed, whatever its stride
         return own.gemm(a, b, bias)
-    key = (b.shape[1], b.shape[0], a.dtype, bias is not None, b.stride(0) == 1, a.device.index)
+    width = key[0]
+    if width % WIDTH_STEP and (wide := _widened(b, bias)) is not None:
+        return gemm(a, *wide)[:, :width].contiguous()
     try:
         window = _windows[key]
     except KeyError:
-        if torch.cuda.is_current_stream_capturing():
-            return own.gemm(a, b, bias)
-        window = _windows[key] = prove(b, bias)
+        window = _decide(key)
     if window is None:
         return own.gemm(a, b, bias)
-    return window.apply(lambda rows: _vendor(rows, b, bias), a)
+    if window.floor <= a.shape[0] <= window.cap:
+        return vendor_gemm.call(a, b, bias)
+    return window.apply(lambda rows: vendor_gemm.call(rows, b, bias), a)
 
 
-def prove(
-    b: torch.Tensor, bias: torch.Tensor | None, sizes: Iterable[int] = (*GRAPH_SIZES, *LARGER_SIZES)
-) -> Window | None:
-    """Compare the vendor's bits with our kernel's over M, for one b [K, N] and bias on its GPU.
+def _key(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> Key | None:
+    """What the choice goes by; None for operands that are not laid out as a proof's.
+
+    Those are packed, aligned as memory from torch's allocator is (cuBLASLt chooses its kernel by alignment, too), of
+    one 16- or 32-bit float type, with more than one column and step, and not to be computed in TF32.
+    """
+    depth, width = b.shape
+    strides = b.stride()
+    if strides == (1, depth):
+        weight_is_packed = True
+    elif strides == (width, 1):
+        weight_is_packed = False
+    else:
+        return None
+    dtype = a.dtype
+    if (
+        depth < 2
+        or width < 2
+        or a.shape[0] == 0
+        or a.stride() != (depth, 1)
+        or a.data_ptr() % proving.ALIGNMENT
+        or b.data_ptr() % proving.ALIGNMENT
+        or b.dtype != dtype
+        or dtype not in own.SUPPORTED_DTYPES
+        or (dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32")
+    ):
+        return None
+    if bias is None:
+        return width, depth, dtype, False, weight_is_packed, a.get_device()
+    if bias.dtype != dtype or bias.stride() != (1,) or bias.shape[0] != width or bias.data_ptr() % proving.ALIGNMENT:
+        return None
+    return width, depth, dtype, True, weight_is_packed, a.get_device()
+
+
+def _decide(key: Key) -> Window | None:
+    """Prove, once it is worth it."""
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    _calls[key] += 1
+    if _calls[key] < PROVE_AT_CALL and choice() == "auto":
+        return None
+    return _prove(key)
+
+
+def _prove(key: Key) -> Window | None:
+    if key not in _windows:
+        n, k, dtype, has_bias, weight_is_packed, index = key
+        _windows[key] = prove(
+            Case(n, k, dtype, has_bias, weight_is_packed),
+            torch.device("cuda", index) if index >= 0 else torch.device("cpu"),
+        )
+    return _windows[key]
+
+
+def prove(case: Case, device: torch.device) -> Window | None:
+    """Compare the vendor's bits with our kernel's over M, and say in the log what will run.
 
     Returns:
         The window in which they agree, or None where ours is to run.
@@ -79,61 +139,67 @@ def prove(
     """
     if choice() == "triton":
         return None
-    k, n = b.shape
-    tried = [size for size in sizes if size * n <= LARGEST_OUTPUT]
-    generator = torch.Generator(device=b.device).manual_seed(0)
-    x = torch.randn(max(tried), k, generator=generator, device=b.device, dtype=torch.float32).to(b.dtype)
-    with torch.no_grad():
-        reference = own.gemm(x, b, bias)
-        window = find_window(lambda rows: _vendor(rows, b, bias), reference, x, tried, LARGEST_FLOOR)
-    what = f"linear N={n} K={k} {str(b.dtype).removeprefix('torch.')}{' with bias' if bias is not None else ''}"
+    window = proving.settle(case, device)
     if window is None and choice() == "vendor":
-        raise RuntimeError(f"BATCH_INVARIANT_GEMM=vendor: {what}: the vendor's bits vary with M on this GPU")
+        raise RuntimeError(f"BATCH_INVARIANT_GEMM=vendor: linear {case}: the vendor's bits vary with M on this device")
     if window is None:
-        logger.info("%s: the vendor's bits vary with M, our Triton kernel runs", what)
+        logger.info("linear %s: the vendor's bits vary with M, our Triton kernel runs", case)
     else:
-        logger.info("%s: vendor proven at %d values of M up to %d", what, window.tried, window.cap)
+        logger.info("linear %s: vendor proven at %d values of M up to %d", case, window.tried, window.cap)
     return window
 
 
 def prepare(weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-    """Make the proof for a layer's weight [N, K] now, so that no request waits for it."""
-    if weight.is_cuda and weight.dim() == 2 and weight.is_floating_point():
-        gemm(weight.new_zeros(1, weight.shape[1]), weight.t(), bias)
+    """Make the proof for a layer's weight [N, K] now, so that no request waits for it.
+
+    A weight whose N is no multiple of 8, for which vendors have but slow kernels with other bits, gets its place in
+    memory followed by as many rows of zeros as it lacks, and with it its bias: the vendor then computes columns that
+    nobody sees. The weight's own values, shape and strides stay as they are.
+    """
+    if not (weight.is_cuda and weight.dim() == 2 and weight.dtype in own.SUPPORTED_DTYPES):
+        return
+    width = weight.shape[0]
+    if width % WIDTH_STEP and choice() != "triton":
+        for tensor in (weight, bias):
+            if tensor is not None:
+                _append_room(tensor)
+    b = weight.detach().t()
+    bias = None if bias is None else bias.detach()
+    if width % WIDTH_STEP and (wide := _widened(b, bias)) is not None:
+        b, bias = wide
+    key = _key(b.new_empty(1, b.shape[0]), b, bias)
+    if key is not None:
+        _prove(key)
+
+
+def _append_room(tensor: torch.Tensor) -> None:
+    """Move a tensor that owns its memory to a place that is followed by zeros, up to a multiple of 8 in its length."""
+    packed = tensor.is_contiguous() and tensor.storage_offset() == 0
+    if not packed or tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
+        return
+    length = tensor.shape[0]
+    roomy = tensor.detach().new_zeros(length + -length % WIDTH_STEP, *tensor.shape[1:])
+    roomy[:length] = tensor.detach()
+    tensor.data = roomy[:length]
+
+
+def _widened(b: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """b [K, N] and the bias with N rounded up to a multiple of 8, over memory that is there behind them; else None."""
+    depth, width = b.shape
+    wider = width + -width % WIDTH_STEP
+    if b.stride() != (1, depth) or not _has_room(b, wider * depth) or not (bias is None or _has_room(bias, wider)):
+        return None
+    return b.as_strided((depth, wider), (1, depth)), None if bias is None else bias.as_strided((wider,), (1,))
+
+
+def _has_room(tensor: torch.Tensor, numel: int) -> bool:
+    """Whether a tensor's memory holds that many elements from its first on."""
+    return (tensor.storage_offset() + numel) * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def windows() -> dict[Key, Window | None]:
-    """What was decided in this process, by (N, K, dtype, has bias, weight is row-major, GPU)."""
+    """What was decided in this process, by (N, K, dtype, has bias, weight is packed, GPU)."""
     return dict(_windows)
-
-
-def _is_plain(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether the operands are laid out as in the proof: packed, 16-byte aligned, of one 16- or 32-bit float type."""
-    tensors = (a, b) if bias is None else (a, b, bias)
-    return (
-        a.dtype in own.SUPPORTED_DTYPES
-        and a.numel() > 0
-        and b.numel() > 0
-        and a.is_contiguous()
-        and (b.is_contiguous() or b.t().is_contiguous())
-        and (bias is None or (bias.dim() == 1 and bias.is_contiguous()))
-        and all(t.dtype == a.dtype and t.data_ptr() % 16 == 0 for t in tensors)
-    )
-
-
-@functools.cache
-def _vendor_kernels() -> tuple[torch._C._SafeKernelFunction, torch._C._SafeKernelFunction]:
-    """aten's own mm and addmm; taken when this module is imported, before a mode can replace them."""
-    return torch.library.get_kernel("aten::mm", "CUDA"), torch.library.get_kernel("aten::addmm", "CUDA")
-
-
-if torch.backends.cuda.is_built():  # asking for a device here would make CUDA unusable in a forked process
-    _vendor_kernels()
-
-
-def _vendor(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    mm, addmm = _vendor_kernels()
-    return mm.call_boxed(_CUDA, a, b) if bias is None else addmm.call_boxed(_CUDA, bias, a, b)
 
 
 def _linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:

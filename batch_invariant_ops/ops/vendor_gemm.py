@@ -1,0 +1,20 @@
+"""The vendor's GEMM, called past any mode: aten's own mm and addmm, by device."""
+
+from __future__ import annotations
+
+import torch
+
+_KEYS = {name: torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in ("CPU", "CUDA")}
+# Taken when this module is imported, before a mode can replace them. Which devices there are is asked of the build:
+# asking the driver would make CUDA unusable in a process that is forked later.
+_DEVICES = ("CPU", "CUDA") if torch.backends.cuda.is_built() else ("CPU",)
+_MM = {name: torch.library.get_kernel("aten::mm", name) for name in _DEVICES}
+_ADDMM = {name: torch.library.get_kernel("aten::addmm", name) for name in _DEVICES}
+
+
+def call(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """a [M, K] · b [K, N] + bias [N] as torch computes it without our mode."""
+    device = "CUDA" if a.is_cuda else "CPU"
+    if bias is None:
+        return _MM[device].call_boxed(_KEYS[device], a, b)
+    return _ADDMM[device].call_boxed(_KEYS[device], bias, a, b)

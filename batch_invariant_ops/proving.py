@@ -1,0 +1,102 @@
+"""The proofs of one GEMM on one device: over a sample of M at a server's start, over every M once, to keep.
+
+On a GPU the bits to keep are our Triton kernel's, so that both mix freely. On a CPU, where it does not run, they are
+the vendor's own at the largest M.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from batch_invariant_ops import certificates
+from batch_invariant_ops.certificates import Case, Certificate
+from batch_invariant_ops.ops import matmul as own
+from batch_invariant_ops.ops import vendor_gemm
+from batch_invariant_ops.proof import Gemm, Progress, Window, agreement, probe, window_of
+
+logger = logging.getLogger(__name__)
+
+GRAPH_SIZES = (1, 2, 4, *range(8, 513, 8))
+LARGER_SIZES = (3, 5, 17, 100, 513, 640, 768, 1000, 1024, 1536, 2048, 3000, 4096, 6000, 8192)
+SAMPLE = tuple(sorted({*GRAPH_SIZES, *LARGER_SIZES}))
+REPEATED = (1, 2, 8, 16, 64, 256, 1024, 8192)
+ALIGNMENT = 256
+"""Of all operands, in bytes: cuBLASLt chooses its kernel by theirs up to this, and torch's allocator gives more."""
+LARGEST_FLOOR = 64
+LARGEST_OUTPUT = 2**29
+SMALLEST_CAP = 512
+
+
+def settle(case: Case, device: torch.device) -> Window | None:
+    """Where the vendor may run: by a kept certificate that a few values of M confirm, else by a sample of M.
+
+    Returns:
+        The window, or None: our kernel is to run.
+    """
+    certificate = certificates.load(case, device)
+    if certificate is not None:
+        window = certificate.window
+        if window is None:
+            return None
+        repeated = {min(max(size, window.floor), window.cap) for size in REPEATED}
+        if all(compare(case, device, sorted(repeated))):
+            return window
+        logger.warning("linear %s: the vendor's bits are not those of its certificate, which is ignored", case)
+    return sample(case, device)
+
+
+def sample(case: Case, device: torch.device) -> Window | None:
+    """The window over the sizes of CUDA graphs and a spread of larger M."""
+    sizes = [size for size in SAMPLE if size * case.n <= LARGEST_OUTPUT] or [1]
+    while True:
+        try:
+            return window_of(sizes, compare(case, device, sizes), LARGEST_FLOOR)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            sizes = [size for size in sizes if size <= sizes[-1] // 2]
+            if not sizes or sizes[-1] < SMALLEST_CAP:
+                logger.warning("linear %s: too little memory is free for a proof", case)
+                return None
+
+
+def exhaustively(case: Case, device: torch.device, largest: int, progress: Progress | None = None) -> Certificate:
+    """Compare every M from 1 to ``largest``.
+
+    Raises:
+        torch.OutOfMemoryError: the operands and results do not fit into the device's memory.
+    """
+    start = time.perf_counter()
+    sizes = range(1, largest + 1)
+    # the largest first: all later results fit into the memory that its result took
+    verdicts = compare(case, device, sizes[::-1], progress)[::-1]
+    window = window_of(sizes, verdicts, LARGEST_FLOOR)
+    disagree = [size for size, agrees in zip(sizes, verdicts, strict=True) if not agrees]
+    return Certificate(largest, tuple(_ranges(disagree)), window, time.perf_counter() - start)
+
+
+@torch.no_grad()
+def compare(case: Case, device: torch.device, sizes: Sequence[int], progress: Progress | None = None) -> list[bool]:
+    """For each M, whether the vendor's bits are those to keep, in all rows, at the batch's first and last places."""
+    x, w, bias = probe(max(sizes), case.n, case.k, case.dtype, device, case.has_bias)
+    b = w.t() if case.weight_is_packed else w.t().contiguous()
+    del w
+
+    def vendor(rows: torch.Tensor) -> torch.Tensor:
+        return vendor_gemm.call(rows.clone() if rows.data_ptr() % ALIGNMENT else rows, b, bias)
+
+    reference: Gemm = vendor if device.type == "cpu" else lambda rows: own.gemm(rows, b, bias)
+    return agreement(vendor, reference(x), x, sizes, progress=progress)
+
+
+def _ranges(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ascending numbers as ranges, both ends included."""
+    low = None
+    for i, number in enumerate(numbers):
+        low = number if low is None else low
+        if i + 1 == len(numbers) or numbers[i + 1] != number + 1:
+            yield low, number
+            low = None

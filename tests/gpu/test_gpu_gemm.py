@@ -1,0 +1,199 @@
+"""Our GEMM's freedoms on a GPU change no bit: tiles, graphs, the compiler, streams, repetition, padding, the mode."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import batch_invariant_ops as ours
+from batch_invariant_ops import tiles
+from batch_invariant_ops.ops import linear, matmul
+from batch_invariant_ops.proof import agreement, probe, same_bits
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+GPU = torch.device("cuda", 0)
+HALVES = [torch.bfloat16, torch.float16]
+EVERY_TILE = sorted({tile for table in tiles.TABLES.values() for _, tile in table} | {tiles.SAFE}, key=repr)
+
+
+def fits(tile):
+    """Whether a tile's stages fit into this card's shared memory, by the operands' size alone."""
+    limit = getattr(torch.cuda.get_device_properties(0), "shared_memory_per_block_optin", 99 * 1024)
+    return (tile.m + tile.n) * tile.k * 2 * tile.stages <= limit
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
+def test_every_tile_gives_the_same_bits(dtype):
+    x, w, _ = probe(200, 520, 1024, dtype, GPU)
+    expected = matmul.gemm(x, w.t(), tile=tiles.SAFE)
+    tried = [tile for tile in EVERY_TILE if fits(tile)]
+    assert tiles.SAFE in tried
+    for tile in tried:
+        for m in (1, 17, 200):
+            assert same_bits(matmul.gemm(x[:m], w.t(), tile=tile), expected[:m]), (tile, m)
+
+
+def test_the_probe_would_show_another_order_of_summation():
+    x, w, _ = probe(64, 512, 1024, torch.bfloat16, GPU)
+    whole = matmul.gemm(x, w.t(), tile=tiles.SAFE)
+    split = sum(matmul.gemm(x[:, at : at + 512].float(), w[:, at : at + 512].float().t()) for at in (0, 512))
+    assert (split.bfloat16() != whole)[::2].float().mean() > 0.5
+
+
+@pytest.mark.parametrize("k", [1, 40, 1000])
+def test_depths_that_no_tile_divides(k, values):
+    x, w, bias = (values(*shape, dtype=torch.bfloat16) for shape in ((70, k), (33, k), (33,)))
+    exact = x.double() @ w.double().t() + bias.double()
+    size = x.double().abs() @ w.double().t().abs() + bias.double().abs()
+    for _ in range(4):
+        y = ours.linear(x, w, bias)
+        assert bool(((y.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-5 * size).all())
+        assert same_bits(y[-1:], ours.linear(x[-1:].clone(), w, bias))
+
+
+def layer(values):
+    w, bias, scale = (values(*shape, dtype=torch.bfloat16, seed=9) for shape in ((512, 1024), (512,), (1024,)))
+
+    def run(x):
+        h = ours.linear(ours.rms_norm(x, scale), w, bias)
+        return ours.log_softmax(h.float()) + ours.mean(h.float(), -1, keepdim=True)
+
+    return run
+
+
+def test_a_cuda_graph_replays_the_bits_ten_thousand_times(values):
+    run, x = layer(values), values(7, 1024, dtype=torch.bfloat16)
+    for _ in range(3):
+        expected = run(x)
+    torch.cuda.synchronize()
+    graph, always = torch.cuda.CUDAGraph(), torch.ones((), dtype=torch.bool, device="cuda")
+    with torch.cuda.graph(graph):
+        always &= same_bits(run(x), expected)
+    for _ in range(10_000):
+        graph.replay()
+    assert bool(always)
+    x[3, 5] += 1
+    graph.replay()
+    assert not bool(always)
+
+
+@pytest.mark.parametrize("m", [1, 2, 24, 200])
+def test_a_graph_of_any_size_has_the_bits_of_a_large_batch(m, values):
+    run, x = layer(values), values(200, 1024, dtype=torch.bfloat16)
+    for _ in range(3):
+        whole = run(x)
+    part = x[:m].clone()
+    run(part)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run(part)
+    graph.replay()
+    assert same_bits(y, whole[:m])
+
+
+def test_a_gemm_first_met_in_a_graph_runs_ours(values):
+    """No proof can be made while a graph is captured, and none is remembered as lost."""
+    x, w = values(8, 1024, dtype=torch.bfloat16), values(328, 1024, dtype=torch.bfloat16)
+    expected = matmul.gemm(x, w.t())
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ours.linear(x, w)
+    graph.replay()
+    assert same_bits(y, expected)
+    assert not any(key[:2] == (328, 1024) for key in linear.windows())
+
+
+def test_a_compiled_model_keeps_the_bits_for_any_number_of_rows(values):
+    w, bias = values(512, 1024, dtype=torch.bfloat16, seed=9), values(512, dtype=torch.bfloat16, seed=9)
+
+    def model(x):
+        h = F.silu(F.linear(x * 2, w, bias))
+        return torch.log_softmax(h.float(), -1) + h.float().mean(-1, keepdim=True)
+
+    x = values(300, 1024, dtype=torch.bfloat16)
+    with ours.set_batch_invariant_mode():
+        compiled = torch.compile(model, fullgraph=True, dynamic=True)
+        whole = compiled(x)
+        for m in (2, 5, 64, 299, 1):
+            assert same_bits(compiled(x[:m]), whole[:m]), m
+
+
+def test_two_streams_at_once(values):
+    run = layer(values)
+    inputs = [values(m, 1024, dtype=torch.bfloat16, seed=m) for m in (5, 900)]
+    expected = [run(x) for _ in range(3) for x in inputs][-2:]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    verdicts = []
+    for _ in range(200):
+        for stream, x, y in zip(streams, inputs, expected, strict=True):
+            with torch.cuda.stream(stream):
+                verdicts.append(same_bits(run(x), y))
+    torch.cuda.synchronize()
+    assert all(torch.stack(verdicts).tolist())
+
+
+def test_a_weight_of_odd_width_is_given_room_and_keeps_its_bits(values):
+    weight = torch.nn.Parameter(values(1001, 256, dtype=torch.bfloat16))
+    bias = torch.nn.Parameter(values(1001, dtype=torch.bfloat16))
+    before, x = weight.detach().clone(), values(40, 256, dtype=torch.bfloat16)
+    expected = matmul.gemm(x, before.t(), bias.detach())
+    linear.prepare(weight, bias)
+    assert same_bits(weight.detach(), before) and weight.is_contiguous() and weight.shape == (1001, 256)
+    assert any(key[:2] == (1008, 256) for key in linear.windows())
+    with torch.no_grad():
+        y = ours.linear(x, weight, bias)
+        assert y.is_contiguous() and same_bits(y, expected)
+        assert same_bits(ours.linear(x[:1], weight, bias), expected[:1])
+        weight.mul_(2)  # as when new weights are loaded into a running server
+        assert same_bits(ours.linear(x, weight, bias), matmul.gemm(x, before.t() * 2, bias.detach()))
+
+
+class TestMode:
+    def test_rows_keep_their_bits_in_torchs_own_names(self, values):
+        w, bias = values(1024, 512, seed=1), values(512, seed=2)
+        named = [
+            lambda x: x @ w,
+            lambda x: torch.addmm(bias, x, w),
+            lambda x: F.linear(x, w.t(), bias),
+            lambda x: torch.einsum("zmk,kn->zmn", x[None], w)[0],
+            lambda x: x.softmax(-1),
+            lambda x: x.log_softmax(-1),
+            lambda x: x.mean(-1),
+        ]
+        x = values(300, 1024)
+        with ours.set_batch_invariant_mode():
+            for operation in named:
+                assert all(agreement(operation, operation(x), x, [1, 2, 3, 16, 100, 299]))
+
+    def test_what_is_not_ours_is_torchs(self, values):
+        x = values(5, 5).double()
+        plain = x @ x, x.softmax(-1), x.mean(0)
+        with ours.set_batch_invariant_mode():
+            for a, b in zip((x @ x, x.softmax(-1), x.mean(0)), plain, strict=True):
+                assert same_bits(a, b)
+            with pytest.raises(RuntimeError, match="same device"):
+                torch.mm(values(2, 3), torch.ones(3, 4))
+            with pytest.raises(RuntimeError):
+                torch.mm(values(2, 3), values(4, 5))
+            assert torch.softmax(values(3, 4).half(), -1, dtype=torch.float32).dtype == torch.float32
+
+    def test_gradients(self, values):
+        def gradients(mode):
+            leaves = [values(9, 64).requires_grad_(), values(32, 64, seed=1).requires_grad_()]
+            with ours.set_batch_invariant_mode(mode):
+                return torch.autograd.grad(F.linear(*leaves).log_softmax(-1).square().mean(), leaves)
+
+        for a, b in zip(gradients(True), gradients(False), strict=True):
+            assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_thinking_machines_check(self, dtype):
+        a = torch.linspace(-100, 100, 2048 * 4096, dtype=dtype, device="cuda").reshape(2048, 4096)
+        b = torch.linspace(-100, 100, 4096 * 4096, dtype=dtype, device="cuda").reshape(4096, 4096)
+        with ours.set_batch_invariant_mode():
+            assert all((torch.mm(a[:1], b) - torch.mm(a, b)[:1]).abs().max().item() == 0 for _ in range(4))

@@ -1,0 +1,177 @@
+"""The proof on a real card: it holds where it was seen to hold, and finds a vendor that lies in one bit at one M."""
+
+import logging
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import batch_invariant_ops as ours
+from batch_invariant_ops import certificates, proving
+from batch_invariant_ops.certificates import Case
+from batch_invariant_ops.ops import linear, matmul, vendor_gemm
+from batch_invariant_ops.proof import Window, same_bits
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+GPU = torch.device("cuda", 0)
+ROOT = Path(__file__).resolve().parents[2]
+HONEST = vendor_gemm.call
+CASE = Case(320, 256, torch.bfloat16)
+PROVEN_ON_HOPPER = [
+    Case(896, 896, torch.bfloat16),
+    Case(1152, 896, torch.bfloat16, has_bias=True),
+    Case(9728, 896, torch.float16),
+    Case(4096, 4096, torch.bfloat16),
+    Case(4096, 14336, torch.float16),
+]
+
+
+@pytest.mark.parametrize("case", PROVEN_ON_HOPPER, ids=str)
+def test_the_vendors_bits_are_ours_where_they_were_proven(case):
+    window = proving.sample(case, GPU)
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert window is not None and window.floor == 1 and window.cap == 8192
+    if window is not None:
+        others = random.Random(0).sample(range(window.floor, window.cap + 1), 40)
+        assert all(proving.compare(case, GPU, sorted(others)))
+
+
+def liar(at):
+    """The vendor, but for one bit of one element where it is called with ``at`` rows; keeps its calls' rows."""
+
+    def call(a, b, bias):
+        call.rows.append(len(a))
+        y = HONEST(a, b, bias)
+        if len(a) == at:
+            y.view(torch.int16)[at // 2, 3] ^= 1
+        return y
+
+    call.rows = []
+    return call
+
+
+@pytest.fixture
+def forgetful():
+    """Nothing decided before, nothing kept after."""
+    before = dict(linear._windows)
+    linear._windows.clear()
+    linear._calls.clear()
+    yield
+    linear._windows.clear()
+    linear._calls.clear()
+    linear._windows.update(before)
+
+
+class TestLiar:
+    def test_the_exhaustive_proof_names_the_one_size(self, monkeypatch):
+        assert proving.exhaustively(CASE, GPU, 100).window == Window(1, 100, 100)
+        monkeypatch.setattr(vendor_gemm, "call", liar(37))
+        found = proving.exhaustively(CASE, GPU, 100)
+        assert found.disagree == ((37, 37),) and found.window == Window(38, 100, 63)
+
+    @pytest.mark.parametrize("at", [72, 1024, 8192])
+    def test_the_sample_refuses_a_vendor_that_lies_at_one_of_its_sizes(self, at, monkeypatch):
+        assert proving.sample(CASE, GPU) == Window(1, 8192, len(proving.SAMPLE))
+        monkeypatch.setattr(vendor_gemm, "call", liar(at))
+        assert proving.sample(CASE, GPU) is None
+
+    def test_the_fallback_gives_the_bits_that_the_vendor_would_have_given(self, monkeypatch, forgetful, values):
+        x, w = values(128, 256, dtype=torch.bfloat16), values(320, 256, dtype=torch.bfloat16)
+        expected = matmul.gemm(x, w.t())
+        linear.prepare(w)
+        assert list(linear.windows().values()) != [None] and same_bits(ours.linear(x, w), expected)
+        linear._windows.clear()
+        lying = liar(128)
+        monkeypatch.setattr(vendor_gemm, "call", lying)
+        linear.prepare(w)
+        assert list(linear.windows().values()) == [None]
+        lying.rows.clear()
+        assert same_bits(ours.linear(x, w), expected) and lying.rows == []
+
+    def test_padding_keeps_a_liar_at_few_rows_from_being_asked_there(self, monkeypatch, forgetful, values):
+        x, w = values(4, 256, dtype=torch.bfloat16), values(320, 256, dtype=torch.bfloat16)
+        lying = liar(4)
+        monkeypatch.setattr(vendor_gemm, "call", lying)
+        linear.prepare(w)
+        assert [window.floor for window in linear.windows().values()] == [5]
+        lying.rows.clear()
+        assert same_bits(ours.linear(x, w), matmul.gemm(x, w.t())) and lying.rows == [5]
+
+    def test_a_forced_vendor_that_lies_stops_the_start(self, monkeypatch, forgetful, values):
+        monkeypatch.setenv("BATCH_INVARIANT_GEMM", "vendor")
+        monkeypatch.setattr(vendor_gemm, "call", liar(512))
+        with pytest.raises(RuntimeError, match="BATCH_INVARIANT_GEMM=vendor: linear N=320 K=256 bfloat16"):
+            linear.prepare(values(320, 256, dtype=torch.bfloat16))
+
+    def test_a_certificate_that_the_vendor_no_longer_keeps_is_ignored(self, monkeypatch, tmp_path, caplog):
+        monkeypatch.setenv("BATCH_INVARIANT_CACHE", str(tmp_path))
+        certificates.save(CASE, GPU, proving.exhaustively(CASE, GPU, 100))
+        assert proving.settle(CASE, GPU) == Window(1, 100, 100)
+        monkeypatch.setattr(vendor_gemm, "call", liar(100))
+        with caplog.at_level(logging.WARNING):
+            settled = proving.settle(CASE, GPU)
+        assert "not those of its certificate" in caplog.text
+        assert settled is None
+
+
+def test_a_proof_is_made_at_the_third_call_and_once(monkeypatch, forgetful, values):
+    made = []
+    monkeypatch.setattr(proving, "sample", lambda case, device: made.append(case) or Window(1, 8192, 1))
+    x, w = values(4, 256, dtype=torch.bfloat16), values(320, 256, dtype=torch.bfloat16)
+    counts = []
+    for _ in range(5):
+        ours.linear(x, w)
+        counts.append(len(made))
+    assert counts == [0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("choice, vendor_runs", [("triton", False), ("auto", True)])
+def test_the_users_choice(choice, vendor_runs, monkeypatch, forgetful, values):
+    monkeypatch.setenv("BATCH_INVARIANT_GEMM", choice)
+    calls = liar(at=-1)
+    monkeypatch.setattr(vendor_gemm, "call", calls)
+    w = values(320, 256, dtype=torch.bfloat16)
+    linear.prepare(w)
+    calls.rows.clear()
+    ours.linear(values(4, 256, dtype=torch.bfloat16), w)
+    assert bool(calls.rows) is vendor_runs
+
+
+def test_tf32_products_of_a_user_are_not_taken_for_proven(forgetful, values):
+    x, w = values(40, 256), values(320, 256)
+    linear.prepare(w)
+    expected = ours.linear(x, w)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert same_bits(ours.linear(x, w), expected)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
+def python(code, **env):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("CUBLAS")}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=kept | env, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_settings_that_come_after_the_first_handle_are_refused():
+    code = """
+import torch
+a = torch.ones(64, 64, device="cuda"); a @ a
+from batch_invariant_ops import vendor
+try:
+    vendor.prepare()
+except RuntimeError as error:
+    print(error)
+"""
+    done = python(code)
+    assert "CUDA was used before" in done.stdout, done.stdout + done.stderr
+    assert python(code, CUBLAS_WORKSPACE_CONFIG=":16:8", CUBLASLT_WORKSPACE_SIZE="1").stdout == ""
