@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlsplit
 
+from . import records_cli
 from .errors import EXIT_READER_GONE, UsageError
 from .files import check_writable
 from .output import Screen
@@ -144,6 +145,7 @@ def parser() -> Parser:
         metavar="URL",
         help="a plain server of the same model: it gets the same load and must be caught, or a pass is inconclusive",
     )
+    records_cli.add_arguments(found)
     output = found.add_argument_group("output")
     output.add_argument(
         "--json", metavar="FILE", help="write everything as JSON (- for stdout; the text is on stderr then)"
@@ -236,6 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     arguments = parser().parse_args(argv)
     try:
+        records_cli.prepare(arguments, parser().parse_args([]))
         found = settings(arguments, dict(os.environ))
     except UsageError as error:
         print(f"test_determinism: {error}", file=sys.stderr)
@@ -243,6 +246,8 @@ def main(argv: list[str] | None = None) -> int:
     colour = not arguments.no_color and not os.environ.get("NO_COLOR")
     screen = Screen(sys.stderr if arguments.json == "-" else sys.stdout, colour, arguments.quiet)
     try:
+        if records_cli.concerns(arguments):
+            return records_cli.execute(arguments, found, screen)
         return execute(found, Outputs(screen, arguments.json, arguments.junit))
     except BrokenPipeError:  # `| head -1`: nobody reads any more, and the interpreter must not try again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), screen.stream.fileno())
