@@ -17,15 +17,18 @@ def run(command: list[str], env: dict[str, str], drain_seconds: int) -> int:
     """Run the command until it ends; SIGTERM and SIGINT are handed on, and SIGKILL follows after the drain.
 
     Returns:
-        Its exit status, 128 + n where signal n ended it.
+        Its exit status, 128 + n where signal n ended it; 143, ended by SIGTERM, where it outlived the drain.
     """
     child = subprocess.Popen(command, env=env)
+    outlived_drain = False
 
     def stop(number: int, _frame: object) -> None:
         child.send_signal(signal.SIGTERM)
         signal.alarm(drain_seconds + GRACE_SECONDS)
 
     def kill(_number: int, _frame: object) -> None:
+        nonlocal outlived_drain
+        outlived_drain = True
         print(
             f"entrypoint: not every request ended within {drain_seconds} s: closing their connections", file=sys.stderr
         )
@@ -37,5 +40,5 @@ def run(command: list[str], env: dict[str, str], drain_seconds: int) -> int:
     while True:
         pid, status = os.waitpid(-1, 0)
         if pid == child.pid:
-            code = os.waitstatus_to_exitcode(status)
+            code = -signal.SIGTERM if outlived_drain else os.waitstatus_to_exitcode(status)
             return code if code >= 0 else 128 - code

@@ -4,7 +4,7 @@ import re
 import shlex
 
 import pytest
-from kit import IMAGE, KEY, NAME, ROOT, docker, free_port, inspect
+from kit import IMAGE, NAME, ROOT, docker, free_port, inspect
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(300)]
 GIVEN = {
@@ -54,17 +54,27 @@ def dotenv(kit):
 def test_every_setting_reaches_the_container(nothing_running, dotenv, target, place):
     kit, port = nothing_running, free_port()
     given = GIVEN | {"VLLM_MODEL": MODEL, "VLLM_PORT": port, "VLLM_IMAGE": IMAGE}
-    if place == ".env" and target.startswith("vllm-compose"):  # Compose itself reads a $ there as a variable's start
-        given["VLLM_API_KEY"] = KEY
     dotenv(given if place == ".env" else {})
-    for_make = (
-        [f"{name}={value.replace('$', '$$')}" for name, value in given.items()] if place == "command line" else []
-    )
+    for_make = [f"{name}={value}" for name, value in given.items()] if place == "command line" else []
     kit.make(target, "NO_BUILD=1", *for_make, **(given if place == "environment" else {}))
-    seen = dict(line.partition("=")[::2] for line in inspect(NAME, "{{join .Config.Env `\n`}}").splitlines())
+    seen = environment_of(NAME)
     expected = {name: given[name] for name in GIVEN} | {"MODEL_NAME": MODEL}
     assert {name: seen.get(name) for name in expected} == expected
-    assert f"HostPort:{port}" in inspect(NAME, "{{.HostConfig.PortBindings}}").replace(" ", ":")
+    assert f"{{127.0.0.1 {port}}}" in inspect(NAME, "{{.HostConfig.PortBindings}}")
+
+
+def environment_of(name: str) -> dict[str, str]:
+    """What a container or an image has in its environment."""
+    return dict(line.partition("=")[::2] for line in inspect(name, "{{join .Config.Env `\n`}}").splitlines())
+
+
+@pytest.mark.parametrize("target", ["vllm-run-detached", "vllm-compose-up-detached"])
+def test_what_is_not_set_stays_as_the_image_sets_it(nothing_running, dotenv, target):
+    dotenv({})
+    kit = nothing_running
+    kit.make(target, "NO_BUILD=1", f"VLLM_MODEL={MODEL}", f"VLLM_IMAGE={IMAGE}", f"VLLM_PORT={free_port()}")
+    image, seen = environment_of(IMAGE), environment_of(NAME)
+    assert {name: seen.get(name) for name in image} == image
 
 
 def run_line(kit, *arguments: str, **env: str) -> list[str]:

@@ -37,7 +37,7 @@ def test_a_server_that_hangs_is_killed_after_the_drain():
     assert main.stdout.readline() == "ready\n"
     main.terminate()
     _, err = main.communicate(timeout=30)
-    assert main.returncode == 128 + 9 and "closing their connections" in err
+    assert main.returncode == 128 + 15 and "closing their connections" in err
 
 
 def test_a_server_that_is_killed_ends_the_container_with_a_failure():
