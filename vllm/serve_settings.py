@@ -165,9 +165,9 @@ def checked_length(name: str, value: str, model: str) -> int:
     if Path(model).is_dir() and os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN") != "1":
         config = read_config(Path(model))
         limit = config.get("max_position_embeddings")
-        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-        is_stretched = rope.get("rope_type", rope.get("type", "default")) not in ROPE_THAT_LIMITS
-        if limit and length > limit and not is_stretched:
+        rope = config.get("rope_scaling") or config.get("rope_parameters") or {"rope_type": "default"}
+        is_stretched = rope.get("rope_type", rope.get("type")) not in ROPE_THAT_LIMITS
+        if limit and length > max(limit, config.get("model_max_length") or 0) and not is_stretched:
             raise BadSetting(name, value, f"the model in {model} has {limit} positions, so at most {limit} is needed")
     return length
 

@@ -1,0 +1,104 @@
+"""A torch without Triton, and a card that no tile table knows: what can work does, the rest says what is missing.
+
+serve.py's own refusal is in test_serve_settings.py, the choice of a tile in test_tiles.py.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from batch_invariant_ops import matmul_persistent, tiles
+from batch_invariant_ops.proof import same_bits
+
+ROOT = Path(__file__).resolve().parents[2]
+NO_TABLE = "no tile table for compute capability 0.0: one fixed tile, correct but slower"
+
+
+def run(code, **env):
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | env, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+NO_TRITON = "import sys; sys.modules['triton'] = None\n"
+SELF_CHECK = """
+import torch
+from batch_invariant_ops import selfcheck
+report = selfcheck.run(torch.device("cpu"))
+print(report.ok, report.failed)
+"""
+ON_A_DEVICE = """
+import torch
+from batch_invariant_ops import matmul_persistent
+x = torch.empty(4, 4, device="meta")  # a device that is no CPU
+try:
+    matmul_persistent(x, x)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_without_triton_a_cpu_serves_and_passes_the_self_check():
+    assert run(NO_TRITON + SELF_CHECK).stdout == run(SELF_CHECK).stdout == "True ()\n"
+
+
+def test_without_triton_a_product_on_another_device_says_what_to_install():
+    """The row operations' own words are in tests/ops."""
+    assert run(NO_TRITON + ON_A_DEVICE).stdout == (
+        "a GEMM on meta needs Triton, which is not installed: `pip install triton`\n"
+    )
+
+
+PRODUCT = """
+import logging
+import torch
+from batch_invariant_ops import matmul_persistent, tiles
+from batch_invariant_ops.proof import same_bits
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+generator = torch.Generator().manual_seed(0)
+a, b = (torch.randn(*shape, generator=generator).half() for shape in ((70, 40), (40, 65)))
+y = matmul_persistent(a, b)
+assert torch.allclose(y.double(), a.double() @ b.double(), atol=1e-2, rtol=1e-3)
+assert all(same_bits(matmul_persistent(a[row : row + 1].clone(), b), y[row : row + 1]) for row in (0, 63, 64, 69))
+"""
+INTERPRETED = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def test_an_unknown_card_gets_sums_that_are_right_and_the_same_alone_and_is_told_of_it_once():
+    pytest.importorskip("triton")
+    assert run(PRODUCT, **INTERPRETED).stderr.splitlines().count(NO_TABLE) == 1
+
+
+def test_a_known_card_is_told_nothing():
+    pytest.importorskip("triton")
+    known = PRODUCT.replace("logging.basicConfig", "tiles.TABLES[0, 0] = ((2**62, tiles.SAFE),)\nlogging.basicConfig")
+    assert NO_TABLE not in run(known, **INTERPRETED).stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("n, k", [(4096, 4096), (1000, 100), (64, 14336)])
+def test_a_card_whose_table_is_gone_gives_the_same_bits(monkeypatch, dtype, n, k):
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(300, k, generator=generator, device="cuda").to(dtype)
+    w = torch.randn(k, n, generator=generator, device="cuda").to(dtype)
+
+    def products():
+        tiles._table.cache_clear()
+        return [matmul_persistent(x[:m], w) for m in (1, 17, 64, 300)]
+
+    known = products()
+    monkeypatch.setattr(tiles, "TABLES", {})
+    unknown = products()
+    chosen = tiles.choose(1, dtype, torch.cuda.get_device_capability())
+    tiles._table.cache_clear()
+    assert chosen == tiles.SAFE
+    assert all(same_bits(one, other) for one, other in zip(known, unknown, strict=True))
+    assert all(same_bits(one, unknown[-1][: len(one)]) for one in unknown)
