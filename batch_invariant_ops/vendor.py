@@ -27,22 +27,43 @@ def set_environment() -> None:
 
 
 def prepare() -> None:
-    """Set everything in this process that the vendor's GEMM and the proof depend on.
+    """Set everything in this process that the vendor's GEMM and the proof depend on, and check that it took.
 
     Raises:
-        RuntimeError: CUDA is in use and the workspace was not denied before, so that the settings come too late.
+        RuntimeError: CUDA is in use and the workspace was not denied before, so that the settings come too late; or
+            a setting does not stay as it was set.
     """
-    too_late = torch.cuda.is_initialized() and "CUBLASLT_WORKSPACE_SIZE" not in os.environ
-    if too_late:
-        raise RuntimeError(
-            "CUDA was used before CUBLASLT_WORKSPACE_SIZE=1 was set: set it in the environment of the process"
-        )
+    if torch.cuda.is_initialized() and (late := [name for name in WORKSPACES if name not in os.environ]):
+        missing = " and ".join(f"{name}={WORKSPACES[name]}" for name in late)
+        raise RuntimeError(f"CUDA was used before {missing} was set: set it in the environment of the process")
     set_environment()
     matmul: Any = torch.backends.cuda.matmul
     matmul.allow_bf16_reduced_precision_reduction = (False, False)
     matmul.allow_fp16_reduced_precision_reduction = (False, False)
+    matmul.allow_fp16_accumulation = False
     cudnn: Any = torch.backends.cudnn
     for backend in (matmul, cudnn.conv, cudnn.rnn):
         backend.fp32_precision = "ieee"
     if torch.cuda.is_available():
         torch.backends.cuda.preferred_blas_library("cublaslt")
+    if changed := unsettled():
+        raise RuntimeError(f"settings that the vendor's GEMM needs did not stay: {', '.join(changed)}")
+
+
+def unsettled() -> list[str]:
+    """What of :func:`prepare`'s settings is not, or no longer, in force in this process."""
+    matmul: Any = torch.backends.cuda.matmul
+    found = {
+        f"torch.backends.cuda.matmul.{name}": (getattr(matmul, name), needed)
+        for name, needed in (
+            ("allow_bf16_reduced_precision_reduction", False),
+            ("allow_fp16_reduced_precision_reduction", False),
+            ("allow_fp16_accumulation", False),
+            ("fp32_precision", "ieee"),
+        )
+    }
+    found |= {name: (os.environ.get(name), _asked_for.get(name)) for name in WORKSPACES}
+    if torch.cuda.is_available():
+        library = torch.backends.cuda.preferred_blas_library()
+        found["torch.backends.cuda.preferred_blas_library()"] = (library, torch._C._BlasBackend.Cublaslt)
+    return [f"{name} is {value!r}, not {needed!r}" for name, (value, needed) in found.items() if value != needed]
