@@ -1,6 +1,6 @@
 """A torch without Triton, and a card that no tile table knows: what can work does, the rest says what is missing.
 
-serve.py's own refusal is in test_serve_settings.py, the choice of a tile in test_tiles.py.
+serve.py's own refusal is in test_serve_settings.py, the choice of a tile in test_tiles.py, every tile's bits in gpu/.
 """
 
 import os
@@ -9,10 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-from batch_invariant_ops import matmul_persistent, tiles
-from batch_invariant_ops.proof import same_bits
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_TABLE = "no tile table for compute capability 0.0: one fixed tile, correct but slower"
@@ -79,26 +75,3 @@ def test_a_known_card_is_told_nothing():
     pytest.importorskip("triton")
     known = PRODUCT.replace("logging.basicConfig", "tiles.TABLES[0, 0] = ((2**62, tiles.SAFE),)\nlogging.basicConfig")
     assert NO_TABLE not in run(known, **INTERPRETED).stderr
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("n, k", [(4096, 4096), (1000, 100), (64, 14336)])
-def test_a_card_whose_table_is_gone_gives_the_same_bits(monkeypatch, dtype, n, k):
-    generator = torch.Generator("cuda").manual_seed(0)
-    x = torch.randn(300, k, generator=generator, device="cuda").to(dtype)
-    w = torch.randn(k, n, generator=generator, device="cuda").to(dtype)
-
-    def products():
-        tiles._table.cache_clear()
-        return [matmul_persistent(x[:m], w) for m in (1, 17, 64, 300)]
-
-    known = products()
-    monkeypatch.setattr(tiles, "TABLES", {})
-    unknown = products()
-    chosen = tiles.choose(1, dtype, torch.cuda.get_device_capability())
-    tiles._table.cache_clear()
-    assert chosen == tiles.SAFE
-    assert all(same_bits(one, other) for one, other in zip(known, unknown, strict=True))
-    assert all(same_bits(one, unknown[-1][: len(one)]) for one in unknown)
