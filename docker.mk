@@ -1,7 +1,7 @@
 # The deployment in Docker: every vllm-* target. Included by the Makefile; `make help` lists the targets.
 # A setting comes from the command line, else from the environment, else from vllm/.env, else from the defaults here.
 
-dotenv := $(shell sed -nE 's/^([A-Z_]+)=(.+)$$/\1 ?= \2/p' vllm/.env 2>/dev/null | sed 's/\#/\\\#/g' | tr ' ' '\001')
+dotenv := $(shell sed -nE 's/^([A-Z_]+)=(.+)$$/\1 ?= \2/p' vllm/.env 2>/dev/null | sed 's/[$$]/$$$$/g; s/\#/\\\#/g' | tr ' ' '\001')
 $(foreach line,$(dotenv),$(eval $(subst $(shell printf '\001'), ,$(line))))
 
 STACK ?= cuda12
@@ -31,9 +31,10 @@ compose_user = $(if $(HF_CACHE),$(shell id -u):$(shell id -g),1000:1000)
 run_cache = $(or $(HF_CACHE),$(HOME)/.cache/huggingface)
 run_user = $(or $(VLLM_USER),$(shell id -u):$(shell id -g))
 
-# For these targets alone, and as they are, a $ in them included: what else the Makefile runs sees its own environment.
+# For these targets alone: what else the Makefile runs sees its own environment. A $ of the user's is no variable's start.
+as_given = $(if $(filter file,$(origin $(1))),$($(1)),$(value $(1)))
 define hand_over
-vllm-%: export $(1) := $$(value $(1))
+vllm-%: export $(1) := $$(call as_given,$(1))
 endef
 $(foreach name,STACK VLLM_IMAGE VLLM_CONTAINER VLLM_MODEL VLLM_MODELS VLLM_PORT VLLM_SHM_SIZE HF_CACHE $(server_settings),\
   $(if $(value $(name)),$(eval $(call hand_over,$(name)))))
@@ -53,7 +54,8 @@ gpus := $(if $(filter cpu,$(STACK)),,--gpus all)
 # `-e NAME` of a variable that is not set would take away what the image sets.
 run = docker run --name $(VLLM_CONTAINER) $(gpus) -p $(VLLM_BIND):$(VLLM_PORT):8000 --shm-size $(VLLM_SHM_SIZE) \
   -v "$(run_cache):/root/.cache/huggingface" -v $(VLLM_CONTAINER)-$(subst :,-,$(run_user)):/var/cache/batch-invariant \
-  $(if $(VLLM_MODELS),-v "$(VLLM_MODELS):/models:ro") $(foreach name,$(server_settings),$(if $(value $(name)),-e $(name))) \
+  $(if $(VLLM_MODELS),-v "$(VLLM_MODELS):/models:ro") \
+  $(foreach name,$(server_settings),$(if $(value $(name)),-e $(name))) \
   --user $(run_user) --read-only --tmpfs /tmp:exec,mode=1777 --cap-drop ALL --security-opt no-new-privileges
 
 .PHONY: vllm-build vllm-run vllm-run-detached vllm-compose-up vllm-compose-up-detached vllm-compose-down \

@@ -21,6 +21,7 @@ HERE = Path(__file__).resolve().parent
 DEMO_MODEL = "demo"
 DEFAULT_MODEL = "meta-llama/Llama-3.1-8B-Instruct"  # serve.py's
 LEAST_FREE = 256 * 2**20  # compiled kernels and graphs of one model
+LEAST_SHARED = 192 * 2**20  # vLLM's channel to a worker in a process of its own
 LEAST_DRIVER = {"cuda12": 525, "cuda13": 580}
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg")  # Linux, WSL 2
 
@@ -52,6 +53,23 @@ def check_gpu(stack: str) -> None:
     if driver and int(driver[1]) < least:
         other = ", or use STACK=cuda12" if stack == "cuda13" and int(driver[1]) >= LEAST_DRIVER["cuda12"] else ""
         raise Refused(f"the NVIDIA driver is {driver[0]}, the {stack} stack needs {least} or newer: update it{other}")
+
+
+def check_shared_memory(env: dict[str, str], folder: Path = Path("/dev/shm")) -> None:
+    """There is room where vLLM's processes exchange tensors; Docker's own default is too little.
+
+    Raises:
+        Refused: otherwise.
+    """
+    is_cpu = env.get("BATCH_INVARIANT_STACK", "").startswith("cpu")
+    if not is_cpu and env.get("TENSOR_PARALLEL_SIZE", "").strip() in ("", "1"):
+        return  # one GPU: the engine's own process is the worker
+    size = shutil.disk_usage(folder).total
+    if size < LEAST_SHARED:
+        raise Refused(
+            f"{folder} has {size >> 20} MiB and {LEAST_SHARED >> 20} MiB are needed: start the container with "
+            "--shm-size 16g"
+        )
 
 
 def check_cache(folder: Path, what: str, least_free: int = LEAST_FREE) -> None:
@@ -146,6 +164,7 @@ def prepare(env: dict[str, str]) -> dict[str, str]:
         Refused: where it could not start.
     """
     check_gpu(env.get("BATCH_INVARIANT_STACK", "").partition(" ")[0])
+    check_shared_memory(env)
     env = env | {"VLLM_EXTRA_ARGS": with_drain(env.get("VLLM_EXTRA_ARGS", ""), drain_seconds(env))}
     cache = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     check_cache(cache, "compile cache")

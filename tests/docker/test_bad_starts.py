@@ -14,7 +14,7 @@ def start(nothing_running):
     """Run the image with docker's own options; its exit status and what it logged."""
 
     def run(*options: str) -> tuple[int, list[str]]:
-        docker("run", "--name", NAME, *options, IMAGE, check=False)
+        docker("run", "--name", NAME, "--shm-size", "1g", *options, IMAGE, check=False)
         status, log = int(inspect(NAME, "{{.State.ExitCode}}")), docker("logs", NAME).splitlines()
         docker("rm", NAME)
         return status, log
@@ -28,6 +28,7 @@ def start(nothing_running):
         (("-e", "MODEL_NAME=/models/none"), "MODEL_NAME='/models/none' is not valid: there is no such folder"),
         (("-e", "MODEL_NAME=org/none", "--network", "none"), "MODEL_NAME='org/none' is not in the cache"),
         (("-e", "BATCH_INVARIANT_STACK=cuda12 vllm==0.19.1"), "no NVIDIA GPU is in this container"),
+        ((*DEMO, "--shm-size", "64m"), "/dev/shm has 64 MiB and 192 MiB are needed"),
         ((*DEMO, "-e", "MAX_MODEL_LEN=abc"), "MAX_MODEL_LEN='abc' is not valid"),
         ((*DEMO, "-e", "VLLM_ATTENTION_BACKEND=FAST"), "VLLM_ATTENTION_BACKEND='FAST' is not valid"),
         ((*DEMO, "-e", "DRAIN_SECONDS=soon"), "DRAIN_SECONDS='soon' is not valid"),
@@ -37,7 +38,20 @@ def start(nothing_running):
         ((*DEMO, "--tmpfs", "/var/cache/batch-invariant:size=1m,mode=1777"), "MiB are needed"),
         (("-e", "MODEL_NAME=org/none", "--tmpfs", "/root/.cache/huggingface:size=1m"), "Hugging Face cache"),
     ],
-    ids=["folder", "hub", "gpu", "length", "backend", "drain", "open", "read-only", "user", "full", "full-hf-cache"],
+    ids=[
+        "folder",
+        "hub",
+        "gpu",
+        "shm",
+        "length",
+        "backend",
+        "drain",
+        "open",
+        "read-only",
+        "user",
+        "full",
+        "full-hf-cache",
+    ],
 )
 def test_it_is_said_in_one_line(start, tmp_path, options, words):
     status, log = start(*(option.replace("FOLDER", str(tmp_path)) for option in options))
@@ -47,7 +61,7 @@ def test_it_is_said_in_one_line(start, tmp_path, options, words):
 
 
 def test_docker_waits_longer_before_each_new_try(nothing_running):
-    docker("run", "--detach", "--name", NAME, "--restart", "unless-stopped", "-e", "MODEL_NAME=/none", IMAGE)
+    docker("run", "--detach", "--name", NAME, "--restart", "unless-stopped", "-e", "DRAIN_SECONDS=x", IMAGE)
     wait_until(lambda: int(inspect(NAME, "{{.RestartCount}}")) >= 7, "seven restarts")
     docker("stop", NAME)
     begin, end = (inspect(NAME, f"{{{{.{when}}}}}") for when in ("Created", "State.FinishedAt"))
