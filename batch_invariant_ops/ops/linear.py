@@ -202,10 +202,14 @@ def windows() -> dict[Key, Window | None]:
     return dict(_windows)
 
 
-def _linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    y = gemm(rows, w.t(), b) if x.is_cuda else own.gemm(rows, w.t(), b)
-    return y.view(*x.shape[:-1], w.shape[0])
+def _linear_on_gpu(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
+    if x.dim() == 2:
+        return gemm(x, w.t(), b)
+    return gemm(x.reshape(-1, x.shape[-1]), w.t(), b).view(*x.shape[:-1], w.shape[0])
+
+
+def _linear_on_cpu(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
+    return own.gemm(x.reshape(-1, x.shape[-1]), w.t(), b).view(*x.shape[:-1], w.shape[0])
 
 
 def _fake(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
@@ -234,7 +238,7 @@ def _backward(ctx, dy: torch.Tensor):
 
 _library = torch.library.Library("batch_invariant_ops", "FRAGMENT")
 _library.define("linear(Tensor x, Tensor w, Tensor? b=None) -> Tensor")
-_library.impl("linear", _linear, "CUDA")
-_library.impl("linear", _linear, "CPU")
+_library.impl("linear", _linear_on_gpu, "CUDA")
+_library.impl("linear", _linear_on_cpu, "CPU")
 torch.library.register_fake("batch_invariant_ops::linear", _fake, lib=_library)
 torch.library.register_autograd("batch_invariant_ops::linear", _backward, setup_context=_save, lib=_library)
