@@ -6,6 +6,7 @@ the vendor's own at the largest M.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from batch_invariant_ops.proof import Gemm, Progress, Window, agreement, probe, 
 logger = logging.getLogger(__name__)
 
 GRAPH_SIZES = (1, 2, 4, *range(8, 513, 8))
-LARGER_SIZES = (3, 5, 17, 100, 513, 640, 768, 1000, 1024, 1536, 2048, 3000, 4096, 6000, 8192)
+LARGER_SIZES = (3, 5, 17, 100, 513, 640, 768, 1000, 1024, 1536, 2048, 3000, 4096, 6000, 8192, 12288, 16384)
 SAMPLE = tuple(sorted({*GRAPH_SIZES, *LARGER_SIZES}))
 REPEATED = (1, 2, 8, 16, 64, 256, 1024, 8192)
 ALIGNMENT = 256
@@ -43,7 +44,11 @@ def settle(case: Case, device: torch.device) -> Window | None:
         if window is None:
             return None
         repeated = {min(max(size, window.floor), window.cap) for size in REPEATED}
-        if all(compare(case, device, sorted(repeated))):
+        # vLLM's steps may be longer than what was proven: to cut them costs a copy of the result
+        larger = _fitting(case, above=window.cap) if device.type == "cuda" else []
+        if all(verdicts := compare(case, device, sorted(repeated | {*larger}))):
+            return dataclasses.replace(window, cap=max([window.cap, *larger]))
+        if all(verdicts[: len(repeated)]):
             return window
         logger.warning("linear %s: the vendor's bits are not those of its certificate, which is ignored", case)
     return sample(case, device)
@@ -51,7 +56,7 @@ def settle(case: Case, device: torch.device) -> Window | None:
 
 def sample(case: Case, device: torch.device) -> Window | None:
     """The window over the sizes of CUDA graphs and a spread of larger M."""
-    sizes = [size for size in SAMPLE if size * case.n <= LARGEST_OUTPUT] or [1]
+    sizes = _fitting(case) or [1]
     while True:
         try:
             return window_of(sizes, compare(case, device, sizes), LARGEST_FLOOR)
@@ -61,6 +66,11 @@ def sample(case: Case, device: torch.device) -> Window | None:
             if not sizes or sizes[-1] < SMALLEST_CAP:
                 logger.warning("linear %s: too little memory is free for a proof", case)
                 return None
+
+
+def _fitting(case: Case, above: int = 0) -> list[int]:
+    """The sizes of the sample whose result is not too large for a start."""
+    return [size for size in SAMPLE if size > above and size * case.n <= LARGEST_OUTPUT]
 
 
 def exhaustively(case: Case, device: torch.device, largest: int, progress: Progress | None = None) -> Certificate:

@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prove what was asked for; the exit status."""
+    vendor.set_environment()  # before torch is asked for its device, which may make CUDA's first handle
     device = _device(arguments.device)
     cases = _cases(arguments, device)
     if device.type == "cuda":
