@@ -10,10 +10,12 @@ import logging
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import supervisor
 
@@ -102,6 +104,18 @@ def is_downloaded(model: str, hub_cache: Path) -> bool:
     return any((hub_cache / f"models--{model.replace('/', '--')}" / "snapshots").glob("*/config.json"))
 
 
+def hub_answers(env: dict[str, str]) -> bool:
+    """The hub can be connected to, as far as can be told: behind a proxy that is not tried."""
+    if any(env.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    hub = urlsplit(env.get("HF_ENDPOINT") or "https://huggingface.co")
+    try:
+        socket.create_connection((hub.hostname or "", hub.port or (80 if hub.scheme == "http" else 443)), 5).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def ask_hub_for(model: str) -> None:
     """Fetch the model's config.json, a download of a few KB that shows whether the large one can work.
 
@@ -174,7 +188,13 @@ def prepare(env: dict[str, str]) -> dict[str, str]:
         make_demo_model(folder)
         return env | {"MODEL_NAME": str(folder), "SERVED_MODEL_NAME": env.get("SERVED_MODEL_NAME") or DEMO_MODEL}
     hub_cache = Path(env.get("HF_HOME") or cache / "huggingface") / "hub"
-    if not Path(model).is_dir() and not is_downloaded(model, hub_cache):
+    if Path(model).is_dir():
+        return env
+    if is_downloaded(model, hub_cache):
+        if not env.get("HF_HUB_OFFLINE") and not hub_answers(env):
+            print(f"entrypoint: the hub cannot be reached, {model} is served from the cache", flush=True)
+            env["HF_HUB_OFFLINE"] = "1"  # vLLM would ask the hub for the model's files and stop
+    else:
         check_cache(hub_cache.parent, "Hugging Face cache")
         if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
             ask_hub_for(model)

@@ -143,7 +143,7 @@ class Kit:
     def start_seconds(self) -> list[float]:
         """How long each start of the container took, from the first word of serve.py until the server was ready."""
         seconds, begun = [], None
-        for line in docker("logs", "--timestamps", NAME).splitlines():
+        for line in sorted(docker("logs", "--timestamps", NAME).splitlines()):
             time, _, words = line.partition(" ")
             if words.startswith("vLLM  "):
                 begun = datetime.fromisoformat(time[:26])

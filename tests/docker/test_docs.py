@@ -9,6 +9,7 @@ from kit import IMAGE, NAME, ROOT, docker, inspect
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(900)]
 DOCUMENTS = ("README.md", "QUICKSTART_VLLM.md", "vllm/README.md")
 MODEL = "meta-llama/Llama-3.1-8B-Instruct"
+NO_HUB = "--env HF_ENDPOINT=http://127.0.0.1:9"
 SHELL = re.compile(r"```bash\n(.*?)```", re.DOTALL)
 
 
@@ -59,7 +60,9 @@ def test_the_plain_docker_commands_serve(nothing_running):
         f"-e MODEL_NAME={MODEL} vllm-batch-invariant:latest"
     )
     plant_model(kit)
-    here = run.replace("--gpus all", f"--detach --name {NAME}").replace("-p 8000:", f"-p 127.0.0.1:{kit.port}:")
+    here = run.replace("--gpus all", f"--detach --name {NAME} {NO_HUB}").replace(
+        "-p 8000:", f"-p 127.0.0.1:{kit.port}:"
+    )
     here = here.replace("vllm-batch-invariant:latest", IMAGE)
     subprocess.run(here, shell=True, check=True, env=kit.env, stdout=subprocess.DEVNULL, timeout=60)
     kit.wait_ready()

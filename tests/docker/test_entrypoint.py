@@ -1,6 +1,7 @@
 """The container's main process refuses a cache that cannot serve, in one line, and makes the demo model once."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -153,6 +154,21 @@ def test_a_model_that_the_hub_does_not_give_is_refused_in_one_line(start, answer
 
 def test_a_model_without_config_json_is_for_vllm_to_judge(start):
     assert start(MODEL_NAME="org/name", HUB_ANSWERS="EntryNotFoundError").returncode == 0
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_a_downloaded_model_is_served_while_the_hub_is_away(start, tmp_path, reachable):
+    (tmp_path / "serve.py").write_text("import os; print('offline', os.environ.get('HF_HUB_OFFLINE'))")
+    snapshot = tmp_path / "hf" / "hub" / "models--org--name" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    with socket.socket() as hub:
+        hub.bind(("127.0.0.1", 0))
+        if reachable:
+            hub.listen()
+        done = start(MODEL_NAME="org/name", HF_ENDPOINT=f"http://127.0.0.1:{hub.getsockname()[1]}")
+    assert ("the hub cannot be reached, org/name is served from the cache" in done.stdout) != reachable
+    assert done.stdout.splitlines()[-1] == f"offline {None if reachable else 1}"
 
 
 def test_the_hub_is_not_asked_for_a_downloaded_model(start, tmp_path):
