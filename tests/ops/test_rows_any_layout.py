@@ -21,8 +21,11 @@ def values(seed, *shape, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+ROWS, COLUMNS = st.integers(1, 9), st.integers(1, 70)
+
+
 @st.composite
-def views(draw, rows=st.integers(1, 9), columns=st.integers(1, 70)):
+def views(draw, rows=ROWS, columns=COLUMNS):
     """A [rows, columns] tensor that lies in memory in one of many ways."""
     m, n, dtype, seed = draw(rows), draw(columns), draw(DTYPES), draw(SEEDS)
     layout = draw(st.sampled_from(["packed", "transposed", "every second", "offset", "expanded", "wide rows"]))
