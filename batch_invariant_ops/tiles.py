@@ -1,17 +1,27 @@
 """Tile shapes of the Triton GEMM: data for speed alone, free to retune, because no entry changes a bit.
 
-A card without a table runs one fixed tile, which fits the shared memory of every card since sm_80.
+A table is a JSON file: bands of M for any shape, and bands for shapes that were measured by themselves. What a card
+runs is, in this order: the table that ``python -m batch_invariant_ops tune`` wrote here for a card of its name; one
+that is shipped for that name; one for its compute capability; else one fixed tile, which fits every card since sm_80.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import logging
-from dataclasses import dataclass
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
 
 import torch
 
 logger = logging.getLogger(__name__)
+
+FORMAT = 1
+SHIPPED = Path(__file__).with_name("tables")
+NO_LIMIT = 2**62
 
 
 @dataclass(frozen=True)
@@ -19,10 +29,13 @@ class Tile:
     """How one program of the GEMM works.
 
     Attributes:
-        m, n, k: rows and columns of the output tile, and the step along K.
+        m, n, k: rows and columns of the output tile, and the step along K: powers of two.
         warps, stages: Triton's ``num_warps`` and ``num_stages``.
         group: row tiles that share columns in L2 before the next columns come.
         swap: compute the tile's transpose, W·xᵀ, so that weights feed the wide side of the tensor core at small M.
+
+    Raises:
+        ValueError: a value that no kernel can be made of.
     """
 
     m: int
@@ -33,37 +46,135 @@ class Tile:
     group: int = 8
     swap: bool = False
 
+    def __post_init__(self) -> None:
+        powers = {"m": (16, 256), "n": (16, 256), "k": (16, 256), "warps": (1, 16)}
+        for name, (low, high) in powers.items():
+            value = getattr(self, name)
+            if type(value) is not int or not low <= value <= high or value & (value - 1):
+                raise ValueError(f"a tile's {name} is {value!r}: a power of two from {low} to {high} is needed")
+        for name, high in (("stages", 8), ("group", 1024)):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= high:
+                raise ValueError(f"a tile's {name} is {value!r}: a whole number from 1 to {high} is needed")
+        if type(self.swap) is not bool:
+            raise ValueError(f"a tile's swap is {self.swap!r}: true or false is needed")
+
+    def shared_memory(self, itemsize: int = 2) -> int:
+        """Bytes of a program's operands in flight, an upper bound of what Triton puts into shared memory for them."""
+        return (self.m + self.n) * self.k * itemsize * self.stages
+
 
 SAFE = Tile(m=64, n=64, k=32, warps=4, stages=3)
 FP32 = Tile(m=64, n=64, k=32, warps=4, stages=2)
-
-# (largest M of the band, tile), in order of M; 16-bit types.
-TABLES: dict[tuple[int, int], tuple[tuple[int, Tile], ...]] = {
-    (9, 0): (
-        (16, Tile(m=16, n=64, k=128, warps=4, stages=5, swap=True)),
-        (32, Tile(m=32, n=64, k=128, warps=4, stages=5, swap=True)),
-        (64, Tile(m=64, n=64, k=128, warps=4, stages=4, swap=True)),
-        (128, Tile(m=128, n=64, k=64, warps=4, stages=4)),
-        (256, Tile(m=128, n=128, k=64, warps=8, stages=3)),
-        (2**62, Tile(m=128, n=256, k=64, warps=8, stages=3)),
-    ),
-}
+Bands = tuple[tuple[int, Tile], ...]
 
 
-def choose(num_rows: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile:
-    """The tile for M rows of one dtype on a card of that compute capability."""
+@dataclass(frozen=True)
+class Table:
+    """Tiles by the number of rows, and where they come from.
+
+    Attributes:
+        capability: (major, minor) of the cards that it is for.
+        gpu: the name of the card on which it was measured; None for a reasoned guess.
+        bands: (largest M, tile), ascending, for any shape.
+        shapes: the same for single (N, K).
+    """
+
+    capability: tuple[int, int]
+    gpu: str | None
+    bands: Bands
+    shapes: dict[tuple[int, int], Bands]
+
+    def tile(self, num_rows: int, n: int, k: int) -> Tile:
+        for largest, tile in self.shapes.get((n, k), self.bands):
+            if num_rows <= largest:
+                return tile
+        return SAFE
+
+    def tiles(self) -> set[Tile]:
+        """Every tile in it."""
+        return {tile for bands in (self.bands, *self.shapes.values()) for _, tile in bands}
+
+
+def choose(num_rows: int, n: int, k: int, dtype: torch.dtype, gpu: str, capability: tuple[int, int]) -> Tile:
+    """The tile for M rows of one shape and dtype on a card of that name and compute capability."""
     if dtype == torch.float32:
         return FP32
-    for largest, tile in _table(capability):
-        if num_rows <= largest:
-            return tile
-    return SAFE
+    table = table_of(gpu, capability)
+    return SAFE if table is None else table.tile(num_rows, n, k)
 
 
 @functools.cache
-def _table(capability: tuple[int, int]) -> tuple[tuple[int, Tile], ...]:
-    table = TABLES.get(capability)
-    if table is None:
-        logger.info("no tile table for compute capability %d.%d: one fixed tile, correct but slower", *capability)
-        return ()
-    return table
+def table_of(gpu: str, capability: tuple[int, int]) -> Table | None:
+    """The table that such a card runs, or None; what is not measured there is said in the log, once."""
+    major, minor = capability
+    for path in (tuned(gpu), SHIPPED / f"{slug(gpu)}.json", SHIPPED / f"sm_{major}{minor}.json"):
+        table = _load(path, capability)
+        if table is not None:
+            if table.gpu is None:
+                logger.info("tiles for compute capability %d.%d are not measured: correct, maybe slower", *capability)
+            return table
+    logger.info("no tile table for compute capability %d.%d: one fixed tile, correct but slower", *capability)
+    return None
+
+
+def tuned(gpu: str) -> Path:
+    """Where ``tune`` keeps the table of a card of that name on this machine."""
+    from batch_invariant_ops import certificates
+
+    return certificates.folder() / "tables" / f"{slug(gpu)}.json"
+
+
+def slug(gpu: str) -> str:
+    """nvidia-h100-80gb-hbm3 for NVIDIA H100 80GB HBM3."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") or "gpu"
+
+
+def _load(path: Path, capability: tuple[int, int]) -> Table | None:
+    """The table in a file, or None; one that cannot be used is named in the log."""
+    try:
+        table = parse(json.loads(path.read_text(encoding="utf-8")))
+        if table.capability != capability:
+            raise ValueError(f"it is for compute capability {table.capability}, not {capability}")
+        return table
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("tile table %s is ignored: %s: %s", path, type(error).__name__, error)
+        return None
+
+
+def parse(content: Any) -> Table:
+    """The table in a file's JSON.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is none.
+    """
+    if content["format"] != FORMAT:
+        raise ValueError(f"its format is {content['format']!r}, not {FORMAT}")
+    major, minor = content["capability"]
+    shapes = {(shape["n"], shape["k"]): _bands(shape["bands"]) for shape in content["shapes"]}
+    return Table((major, minor), content["gpu"], _bands(content["bands"]), shapes)
+
+
+def content_of(table: Table, **about: Any) -> dict[str, Any]:
+    """What :func:`parse` reads, with facts for people to read beside it."""
+    shapes = [{"n": n, "k": k, "bands": _plain(bands)} for (n, k), bands in table.shapes.items()]
+    start = {"format": FORMAT, "capability": list(table.capability), "gpu": table.gpu}
+    return start | about | {"bands": _plain(table.bands), "shapes": shapes}
+
+
+def _bands(content: Any) -> Bands:
+    bands = []
+    for entry in content:
+        values = {name: entry[name] for name in (field.name for field in fields(Tile)) if name in entry}
+        largest = entry["up_to"]
+        bands.append((NO_LIMIT if largest is None else largest, Tile(**values)))
+    bounds = [largest for largest, _ in bands]
+    if not bounds or bounds[-1] != NO_LIMIT or bounds != sorted({*bounds}) or not all(type(b) is int for b in bounds):
+        raise ValueError(f"its bands end at {bounds}: ascending whole numbers, null at last, are needed")
+    return tuple(bands)
+
+
+def _plain(bands: Bands) -> list[dict[str, Any]]:
+    return [{"up_to": None if largest == NO_LIMIT else largest, **asdict(tile)} for largest, tile in bands]

@@ -53,7 +53,7 @@ def prepare() -> None:
 def unsettled() -> list[str]:
     """What of :func:`prepare`'s settings is not, or no longer, in force in this process."""
     matmul: Any = torch.backends.cuda.matmul
-    found = {
+    found: dict[str, tuple[Any, Any]] = {
         f"torch.backends.cuda.matmul.{name}": (getattr(matmul, name), needed)
         for name, needed in (
             ("allow_bf16_reduced_precision_reduction", False),

@@ -1,30 +1,125 @@
-"""Tiles are speed alone: every card gets one, and a card without a table is told so."""
+"""Tiles are speed alone: every card gets one, from the nearest sound table, and is told if that is a guess."""
 
+import json
 import logging
 
 import pytest
 import torch
 
 from batch_invariant_ops import tiles
+from batch_invariant_ops.tiles import NO_LIMIT, SAFE, Table, Tile
+
+SHARED_MEMORY = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
+TABLES = sorted(tiles.SHIPPED.glob("*.json"))
+OTHER = Tile(m=16, n=32, k=64, warps=4, stages=2)
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (10, 0), (12, 0)])
-def test_a_card_without_a_table_runs_the_safe_tile_and_says_so_once(capability, caplog):
-    tiles._table.cache_clear()
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("BATCH_INVARIANT_CACHE", str(tmp_path))
+    tiles.table_of.cache_clear()
+    yield tmp_path
+    tiles.table_of.cache_clear()
+
+
+def content(**changes):
+    table = Table((9, 0), "NVIDIA H100 80GB HBM3", ((64, OTHER), (NO_LIMIT, SAFE)), {(48, 64): ((NO_LIMIT, OTHER),)})
+    return tiles.content_of(table) | changes
+
+
+def keep(gpu, text):
+    path = tiles.tuned(gpu)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_a_shipped_table_is_sound_and_fits_its_card(path):
+    table = tiles.parse(json.loads(path.read_text()))
+    assert path.stem in (f"sm_{table.capability[0]}{table.capability[1]}", tiles.slug(table.gpu or ""))
+    for tile in table.tiles():
+        assert tile.shared_memory() <= SHARED_MEMORY[table.capability] * 1024, tile
+
+
+def test_the_usual_cards_have_one():
+    assert {tiles.parse(json.loads(path.read_text())).capability for path in TABLES} == set(SHARED_MEMORY)
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_a_card_that_was_not_measured_runs_its_classs_tiles_and_says_so_once(capability, caplog):
     caplog.set_level(logging.INFO)
-    chosen = {tiles.choose(m, torch.bfloat16, capability) for m in (1, 64, 8192)}
-    assert chosen == {tiles.SAFE}
+    chosen = {tiles.choose(m, 8, 8, torch.bfloat16, "a new card", capability) for m in (1, 64, 8192)}
+    assert len(chosen) > 1
+    major, minor = capability
+    assert [r.message for r in caplog.records] == [
+        f"tiles for compute capability {major}.{minor} are not measured: correct, maybe slower"
+    ]
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 7), (10, 3), (13, 0)])
+def test_a_card_without_a_table_runs_the_safe_tile_and_says_so_once(capability, caplog):
+    caplog.set_level(logging.INFO)
+    chosen = {tiles.choose(m, 8, 8, torch.bfloat16, "a new card", capability) for m in (1, 64, 8192)}
+    assert chosen == {SAFE}
     assert [r.message for r in caplog.records] == [
         f"no tile table for compute capability {capability[0]}.{capability[1]}: one fixed tile, correct but slower"
     ]
 
 
-@pytest.mark.parametrize("capability", tiles.TABLES)
-def test_a_table_has_a_tile_for_every_m(capability):
-    bounds = [largest for largest, _ in tiles.TABLES[capability]]
-    assert bounds == sorted(bounds) and bounds[-1] >= 2**31
-    assert tiles.choose(1, torch.bfloat16, capability) == tiles.TABLES[capability][0][1]
+def test_a_card_that_was_tuned_here_runs_its_own_and_says_nothing(caplog):
+    caplog.set_level(logging.INFO)
+    keep("NVIDIA H100 80GB HBM3", json.dumps(content()))
+
+    def choose(m, n, k):
+        return tiles.choose(m, n, k, torch.bfloat16, "NVIDIA H100 80GB HBM3", (9, 0))
+
+    assert [choose(1, 8, 8), choose(64, 8, 8), choose(65, 8, 8), choose(65, 48, 64)] == [OTHER, OTHER, SAFE, OTHER]
+    assert not caplog.records
+
+
+def test_anothers_table_is_not_taken():
+    keep("NVIDIA H100 80GB HBM3", json.dumps(content()))
+    assert tiles.choose(1, 8, 8, torch.bfloat16, "NVIDIA H200", (9, 0)) != OTHER
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ("{}", "KeyError: 'format'"),
+        (json.dumps(content(format=2)), "its format is 2, not 1"),
+        (json.dumps(content(capability=[8, 0])), r"it is for compute capability (8, 0), not (9, 0)"),
+        (json.dumps(content(bands=[])), "its bands end at []"),
+        (json.dumps(content(bands=content()["bands"][:1])), "its bands end at [64]"),
+        (json.dumps(content(bands=content()["bands"][::-1])), "its bands end at"),
+        (json.dumps(content()).replace('"m": 16', '"m": 48'), "a tile's m is 48: a power of two from 16 to 256"),
+        (json.dumps(content()).replace('"k": 64', '"k": "64"'), "a tile's k is '64': a power of two"),
+        (json.dumps(content()).replace('"stages": 2', '"stages": 0'), "a tile's stages is 0"),
+        (json.dumps(content()).replace('"swap": false', '"swap": 1'), "a tile's swap is 1: true or false"),
+    ],
+)
+def test_a_damaged_table_is_ignored_with_one_line(text, said, caplog):
+    path = keep("NVIDIA H100 80GB HBM3", text)
+    tile = tiles.choose(1, 8, 8, torch.bfloat16, "NVIDIA H100 80GB HBM3", (9, 0))
+    assert tile == tiles.table_of("NVIDIA H200", (9, 0)).tile(1, 8, 8)
+    (record,) = [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert str(path) in record.message and said in record.message
+
+
+def test_a_table_survives_being_written_and_read():
+    table = tiles.parse(content())
+    assert tiles.parse(json.loads(json.dumps(tiles.content_of(table, torch="2.11", measured="a day")))) == table
 
 
 def test_fp32_runs_one_tile_everywhere():
-    assert {tiles.choose(m, torch.float32, (9, 0)) for m in (1, 64, 8192)} == {tiles.FP32}
+    assert {tiles.choose(m, 8, 8, torch.float32, "NVIDIA H200", (9, 0)) for m in (1, 64, 8192)} == {tiles.FP32}
+
+
+@pytest.mark.parametrize(
+    "gpu, expected",
+    [("NVIDIA H100 80GB HBM3", "nvidia-h100-80gb-hbm3"), ("../../etc/passwd", "etc-passwd"), ("", "gpu")],
+)
+def test_a_cards_name_makes_a_files_name(gpu, expected):
+    assert tiles.slug(gpu) == expected and tiles.tuned(gpu).name == f"{expected}.json"

@@ -160,7 +160,7 @@ def _run(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, tile: Tile
         return _on_cpu(a, b, bias)
     if triton is None:
         raise RuntimeError(f"a GEMM on {a.device} needs Triton, which is not installed: `pip install triton`")
-    return _launch(a, b, bias, tile or tiles.choose(num_rows, a.dtype, _capability(a.device)))
+    return _launch(a, b, bias, tile or tiles.choose(num_rows, num_columns, depth, a.dtype, *_card(a.device)))
 
 
 def _launch(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, tile: Tile) -> torch.Tensor:
@@ -197,8 +197,11 @@ def _interpreted() -> bool:
 
 
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+def _card(device: torch.device) -> tuple[str, tuple[int, int]]:
+    """A GPU's name and compute capability."""
+    if device.type != "cuda":
+        return "", (0, 0)
+    return torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
 
 
 def _on_cpu(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

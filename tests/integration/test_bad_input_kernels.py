@@ -73,5 +73,6 @@ def test_an_unknown_card_gets_sums_that_are_right_and_the_same_alone_and_is_told
 
 def test_a_known_card_is_told_nothing():
     pytest.importorskip("triton")
-    known = PRODUCT.replace("logging.basicConfig", "tiles.TABLES[0, 0] = ((2**62, tiles.SAFE),)\nlogging.basicConfig")
+    table = "tiles.table_of = lambda *card: tiles.Table((0, 0), 'a card', ((2**62, tiles.SAFE),), {})"
+    known = PRODUCT.replace("logging.basicConfig", f"{table}\nlogging.basicConfig")
     assert NO_TABLE not in run(known, **INTERPRETED).stderr
