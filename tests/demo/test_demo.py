@@ -158,5 +158,5 @@ def test_a_harness_that_cannot_reach_the_server_is_a_failure_with_the_end_of_the
         while "memory" not in server.log.read_text():
             assert server.process.poll() is None
         with pytest.raises(Failure, match=r"(?s)stand-in: the harness ended with status 2.*out of memory"):
-            measure(programs, server, int(free_port()), tmp_path / "result.json")
+            measure(programs, server, int(free_port()), (), tmp_path / "result.json")
     assert "nothing answers" in capfd.readouterr().err
