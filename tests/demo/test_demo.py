@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,12 @@ def test_the_watch_sees_a_process_whose_parent_has_gone():
         watch.look()
         starter.stdin.close()
         starter.wait()
-        left = watch.left()
+        # The shell's child may not have become `sleep` yet; its name is empty while it does.
+        for _ in range(100):
+            left = watch.left()
+            if list(map(str.strip, left.values())) == ["sleep 600"]:
+                break
+            time.sleep(0.05)
         for process in left:
             os.kill(process, signal.SIGKILL)
     assert [name.strip() for name in left.values()] == ["sleep 600"]
