@@ -9,7 +9,6 @@ import email.utils
 import json
 import ssl
 import time
-from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,8 +18,11 @@ import httpx
 from .errors import Refused, RequestFailed, Unreachable
 from .protocol import Answer, Dialect, Request, body, error_message, load, parse
 from .settings import Target
+from .wire import Wire, direct, within
 
 COME_BACK_LATER = (429, 502, 503, 504)
+KEEPALIVE_S = 3.0
+"""How long a connection may rest; servers close theirs after five seconds and more."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -78,8 +80,9 @@ class Lane:
             headers=headers,
             verify=tls,
             trust_env=trust_env,
+            transport=Wire(KEEPALIVE_S) if direct(httpx.URL(target.url), trust_env) else None,
             timeout=httpx.Timeout(target.timeout_s, connect=min(10.0, target.timeout_s), pool=None),
-            limits=httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=3.0),
+            limits=httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=KEEPALIVE_S),
         )
 
     async def close(self) -> None:
@@ -154,19 +157,6 @@ class Lane:
                 "dropped", f"the connection dropped {self.server.target.retries + 1} times ({failure})"
             )
         return Unreachable(f"nothing answers at {url} ({failure})")
-
-
-async def within(seconds: float, awaited: Coroutine[Any, Any, httpx.Response]) -> httpx.Response:
-    """Its result, or TimeoutError. Before Python 3.12, asyncio.wait_for loses a cancellation that comes just as the
-    result does, and a stream of other traffic that nothing else ends then goes on for ever."""
-    task = asyncio.ensure_future(awaited)
-    try:
-        await asyncio.wait({task}, timeout=seconds)
-        if not task.done():
-            raise asyncio.TimeoutError
-        return task.result()
-    finally:
-        task.cancel()
 
 
 def refusal(response: httpx.Response) -> Exception:
