@@ -5,8 +5,11 @@ lanes cost nothing of the kind.
 """
 
 import asyncio
+import contextlib
 import email.utils
+import errno
 import json
+import os
 import ssl
 import time
 from dataclasses import dataclass
@@ -23,6 +26,7 @@ from .wire import Wire, direct, within
 COME_BACK_LATER = (429, 502, 503, 504)
 KEEPALIVE_S = 3.0
 """How long a connection may rest; servers close theirs after five seconds and more."""
+MOST_FILES = 65536
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -43,6 +47,7 @@ class Server:
         self._host = urlsplit(target.url).hostname or ""
         self._tls: ssl.SSLContext | bool = httpx.create_ssl_context() if target.url.startswith("https:") else False
         self._lanes: list[Lane] = []
+        allow_connections()
 
     def lane(self) -> "Lane":
         lane = Lane(self, self._tls, trust_env=self._host not in LOOPBACK)
@@ -134,6 +139,10 @@ class Lane:
                 raise RequestFailed("malformed", f"the body cannot be decoded: {error}") from None
             except httpx.TransportError as error:
                 failure = str(error) or type(error).__name__
+                if os.strerror(errno.EMFILE) in failure:
+                    raise Unreachable(
+                        f"{failure}: no more connections can be opened; raise `ulimit -n`, or ask for fewer at a time"
+                    ) from None
             else:
                 if response.status_code == 200:
                     return response.content
@@ -157,6 +166,20 @@ class Lane:
                 "dropped", f"the connection dropped {self.server.target.retries + 1} times ({failure})"
             )
         return Unreachable(f"nothing answers at {url} ({failure})")
+
+
+def allow_connections() -> None:
+    """Let this process open more files: a login's usual 1024 are too few for a thousand connections."""
+    try:
+        import resource
+    except ImportError:  # on Windows, which has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    wanted = MOST_FILES if hard == unlimited else min(MOST_FILES, hard)
+    if soft != unlimited and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def refusal(response: httpx.Response) -> Exception:
