@@ -1,7 +1,7 @@
 """A fast OpenAI-compatible server that answers deterministically, unless it is told to misbehave.
 
 It exists to inject faults that a real server shows once in a month; what a real server answers is tested on a real one.
-Also a command: `python fake_server.py --port 8000`.
+Also a command: `python fake_server.py --port 8000`, where `--behaviour '{"logprobs": false}'` changes what it does.
 """
 
 import argparse
@@ -11,10 +11,13 @@ import functools
 import hashlib
 import json
 import random
+import signal
 import struct
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 WORDS = [f" w{index}" for index in range(1000)]
@@ -103,6 +106,8 @@ class FakeServer:
         self.random = random.Random(behaviour.seed)
         self.requests = 0
         self.faults_given = 0
+        self.faults_by_name: Counter[str] = Counter()
+        self.prompts: Counter[str] = Counter()
         self.answers = 0
         self.bodies: list[dict[str, Any]] = []
         self.connections: set[Connection] = set()
@@ -183,6 +188,8 @@ class FakeServer:
         if self.behaviour.background_fault and "logprobs" not in asked:
             fault = self.behaviour.background_fault
         self.faults_given += fault is not None
+        self.faults_by_name.update(() if fault is None else (fault,))
+        self.prompts[self.prompt(asked, chat)] += 1
         refusal = self.refusal(asked, chat)
         if fault == "die":
             self.die()
@@ -393,18 +400,25 @@ def serving(behaviour: Behaviour, kind: type[FakeServer] = FakeServer) -> Iterat
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--behaviour", type=json.loads, default={}, metavar="JSON", help="fields of Behaviour")
+    parser.add_argument("--counts", type=Path, help="a file for what it was asked, as JSON, written when it ends")
     arguments = parser.parse_args()
-    server = FakeServer(Behaviour())
+    server = FakeServer(Behaviour(**arguments.behaviour))
     server.keep_bodies = False
 
-    async def forever() -> None:
+    async def until_ended() -> None:
         await server.start(arguments.port)
-        await asyncio.Event().wait()
+        ended = asyncio.Event()
+        for name in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(name, ended.set)
+        await ended.wait()
 
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(forever())
+    asyncio.run(until_ended())
+    if arguments.counts is not None:
+        names = ("requests", "answers", "most_connections", "prompts", "faults_by_name")
+        arguments.counts.write_text(json.dumps({name: getattr(server, name) for name in names}), encoding="utf-8")
 
 
 if __name__ == "__main__":
