@@ -5,7 +5,7 @@
     python benchmarks/plot.py proof      one of them
 
 `proof` reads the harness's reports in docs/evidence/demo-h100/ and writes docs/images/proof.svg. The other pictures are
-drawn where their CSV is in benchmarks/results/: `matmul` (ratio to cuBLAS against M) and `cpu_serving`.
+drawn where their CSV is in benchmarks/results/: `matmul` (ratio to cuBLAS against M), `cpu_serving` and `harness`.
 """
 
 import argparse
@@ -124,7 +124,25 @@ def cpu_serving() -> None:
     save(figure, "cpu_serving")
 
 
-PICTURES = {"proof": proof, "matmul": matmul, "cpu_serving": cpu_serving}
+def harness() -> None:
+    """Requests a second that each tool drives at the same fake server, and its peak memory: medians of all rounds."""
+    path = RESULTS / "harness.csv"
+    if not path.is_file():
+        return
+    rows = list(csv.DictReader(path.open(encoding="utf-8")))
+    tools = {"bench": "vllm bench serve", "stream": "harness, streaming the same", "harness": "harness, with logprobs"}
+    figure, axes = plt.subplots(1, 2, figsize=(8, 1.8), layout="constrained", sharey=True)
+    for side, key, label in ((axes[0], "rps", "requests a second"), (axes[1], "peak_mb", "peak memory, MB")):
+        medians = [statistics.median(float(row[f"{tool}_{key}"]) for row in rows) for tool in tools]
+        bars = side.barh(list(tools.values()), medians, color=(GREY, BLUE, BLUE))
+        side.bar_label(bars, [f"{value:,.0f}" for value in medians], padding=3, fontsize=9)
+        side.set_xlim(0, max(medians) * 1.2)
+        side.set_xlabel(label)
+    axes[0].invert_yaxis()
+    save(figure, "harness")
+
+
+PICTURES = {"proof": proof, "matmul": matmul, "cpu_serving": cpu_serving, "harness": harness}
 
 
 def main() -> None:
