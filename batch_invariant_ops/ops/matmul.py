@@ -8,6 +8,7 @@ rows at a time, so that it has no M to choose a kernel by, and one at which a ro
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -26,8 +27,9 @@ SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CPU_ROWS = (16, 8, 4, 2)
 
 if triton is not None:
-    # the number of rows is nothing to compile for: a server meets all of them
-    @triton.jit(do_not_specialize=["M", "stride_az", "stride_bz", "stride_cz"])
+    # the number of rows is nothing to compile for: a server meets all of them. Strides between entries are: a pointer
+    # of unknown alignment is read two bytes at a time, and such reads are not pipelined
+    @triton.jit(do_not_specialize=["M"])
     def _matmul_kernel(
         a_ptr, b_ptr, bias_ptr, c_ptr,
         M, N, K,
@@ -163,22 +165,40 @@ def _run(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, tile: Tile
     return _launch(a, b, bias, tile or tiles.choose(num_rows, num_columns, depth, a.dtype, *_card(a.device)))
 
 
+def warm_up(a: torch.Tensor, b: torch.Tensor, *, tile: Tile) -> Any:
+    """Compile the kernel that :func:`gemm` would run, without running it; the operands may be on torch's meta device.
+
+    Returns:
+        Triton's compiled kernel.
+    """
+    grid, operands, options = _call(a[None], b[None], None, a.new_empty(1, a.shape[0], b.shape[1]), tile)
+    return _matmul_kernel.warmup(*operands, grid=grid, **options)
+
+
 def _launch(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, tile: Tile) -> torch.Tensor:
+    c = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    grid, operands, options = _call(a, b, None if bias is None else bias.contiguous(), c, tile)
+    with torch.cuda.device(a.device) if a.is_cuda else _nothing():
+        _matmul_kernel[grid](*operands, **options)
+    return c
+
+
+def _call(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, c: torch.Tensor, tile: Tile
+) -> tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]:
+    """The kernel's grid, arguments and options for a [Z, M, K], b [Z, K, N] and c [Z, M, N]."""
     entries, num_rows, depth = a.shape
     num_columns = b.shape[2]
-    c = a.new_empty(entries, num_rows, num_columns)
-    bias = None if bias is None else bias.contiguous()
     extents = (t.numel() if t.is_contiguous() else _extent(t) for t in (a, b, c))
-    with torch.cuda.device(a.device) if a.is_cuda else _nothing():
-        _matmul_kernel[(triton.cdiv(num_rows, tile.m) * triton.cdiv(num_columns, tile.n), entries)](
-            a, b, bias, c,
-            num_rows, num_columns, depth,
-            *a.stride(), *b.stride(), *c.stride(),
-            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=tile.group,
-            EVEN_K=depth % tile.k == 0, SWAP=tile.swap, HAS_BIAS=bias is not None, WIDE=max(extents) >= 2**31,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-    return c
+    # one entry's stride would be M*K, by which Triton would compile anew for some numbers of rows
+    strides = [t.stride() if entries > 1 else (0, *t.stride()[1:]) for t in (a, b, c)]
+    grid = (triton.cdiv(num_rows, tile.m) * triton.cdiv(num_columns, tile.n), entries)
+    operands = (a, b, bias, c, num_rows, num_columns, depth, *strides[0], *strides[1], *strides[2])
+    return grid, operands, {
+        "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_M": tile.group,
+        "EVEN_K": depth % tile.k == 0, "SWAP": tile.swap, "HAS_BIAS": bias is not None, "WIDE": max(extents) >= 2**31,
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
 
 
 def _extent(tensor: torch.Tensor) -> int:
