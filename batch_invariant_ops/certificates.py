@@ -98,18 +98,27 @@ def save(case: Case, device: torch.device, certificate: Certificate) -> Path:
         "seconds": round(certificate.seconds, 3),
     }
     path = _path(case, device)
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+    return path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file at once, whole or not at all, and its folder where there is none.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=".unfinished-", suffix=".json")
     try:
         with open(handle, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=2) + "\n")
+            file.write(text)
         os.chmod(unfinished, 0o644)
         os.replace(unfinished, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(unfinished)
         raise
-    return path
 
 
 def load(case: Case, device: torch.device) -> Certificate | None:
