@@ -7,10 +7,10 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from batch_invariant_ops.cli import prove
+from batch_invariant_ops.cli import prove, tune
 from batch_invariant_ops.cli.errors import BadInput
 
-COMMANDS = {"prove": prove}
+COMMANDS = {"prove": prove, "tune": tune}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

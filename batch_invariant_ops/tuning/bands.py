@@ -1,0 +1,61 @@
+"""A tile table of what was measured: for each shape, and for all others, which tile up to which number of rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from batch_invariant_ops.tiles import NO_LIMIT, SAFE, Bands, Table, Tile
+from batch_invariant_ops.tuning.candidates import Card
+from batch_invariant_ops.tuning.search import Found, Point
+
+NEAR = 1.02
+"""A neighbour's tile no slower than this is kept: each further tile is one more kernel that a server compiles."""
+
+Costs = dict[Tile, float]
+
+
+def table(found: Mapping[Point, Found], card: Card) -> Table:
+    """The table of all points; rows between two measured M run the larger one's tile, those beyond the last its.
+
+    Raises:
+        ValueError: there is no point.
+    """
+    by_shape: dict[tuple[int, int], dict[int, Costs]] = {}
+    for point, what in sorted(found.items(), key=lambda item: item[0]):
+        costs = {tile: time / what.times[what.best] for tile, time in what.times.items()}
+        by_shape.setdefault((point.n, point.k), {})[point.m] = costs
+    if not by_shape:
+        raise ValueError("nothing was measured")
+    shapes = {shape: bands(costs) for shape, costs in by_shape.items()}
+    return Table(card.capability, card.gpu, bands(_common(by_shape.values()) or {1: {SAFE: 1.0}}), shapes)
+
+
+def bands(costs: Mapping[int, Costs]) -> Bands:
+    """(largest M, tile), neighbours with one tile merged, from each measured M's costs, which are 1 for its best."""
+    found: list[tuple[int, Tile]] = []
+    for m in sorted(costs):
+        here = costs[m]
+        tile = min(here, key=lambda tile: (here[tile], repr(tile)))
+        if found and here.get(found[-1][1], math.inf) <= NEAR * here[tile]:
+            tile = found.pop()[1]
+        found.append((m, tile))
+    return (*found[:-1], (NO_LIMIT, found[-1][1]))
+
+
+def _common(shapes: Iterable[dict[int, Costs]]) -> dict[int, Costs]:
+    """For each M, the geometric mean over the shapes that were measured there, of the tiles that all of them ran."""
+    shapes = list(shapes)
+    common: dict[int, Costs] = {}
+    for m in {m for costs in shapes for m in costs}:
+        here = [costs[m] for costs in shapes if m in costs]
+        ran = set.intersection(*({*costs} for costs in here))
+        if ran:
+            common[m] = {tile: math.exp(sum(math.log(costs[tile]) for costs in here) / len(here)) for tile in ran}
+    return common
+
+
+def over_fixed(found: Iterable[Found]) -> float | None:
+    """The geometric mean of the chosen tiles' times over the fixed tile's; None where that one never ran."""
+    ratios = [what.times[what.best] / what.times[SAFE] for what in found if SAFE in what.times]
+    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None

@@ -1,0 +1,114 @@
+"""Which tiles are worth measuring for one GEMM on one card: those that fit it, the most promising first."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from batch_invariant_ops.tiles import Tile
+
+LIMIT = 40
+ALIKE, TWINS = 6, 2
+"""Candidates of one size and order, and those of them that differ in stages alone: the guess tells such apart badly."""
+GROUPS = (4, 16)
+REGROUPED = 6
+ACCUMULATORS = 128
+"""fp32 sums that a thread may hold, half of its registers; with more they spill."""
+REGISTERS = 65536
+BYTES_PER_CLOCK = 40
+LATENCY = 900
+"""Clocks until a read from DRAM is there."""
+PROGRAM_START = 1500
+STEP = 40
+"""Clocks that a step costs beside its work: barriers, addresses."""
+ISSUED = 128
+"""Bytes that one warp asks for a clock."""
+TENSOR_CORES = {9: 4096, 10: 8192}
+"""fp16 operations a clock and multiprocessor by compute capability, for tiles that feed its widest instruction."""
+OLDER_TENSOR_CORES = 2048
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the search needs to know of a GPU, and what a table names beside the tiles.
+
+    Attributes:
+        gpu: its name.
+        capability: (major, minor).
+        multiprocessors: their number.
+        shared_memory: bytes that one program may use.
+        driver, torch, triton: versions.
+        kernel: a digest of our kernel's source.
+    """
+
+    gpu: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_memory: int
+    driver: str | None = None
+    torch: str | None = None
+    triton: str | None = None
+    kernel: str | None = None
+
+
+def candidates(m: int, n: int, k: int, card: Card, limit: int = LIMIT) -> list[Tile]:
+    """Tiles for x [m, k] · w [n, k]ᵀ of 16-bit operands, by a rough guess of their time; at most ``limit``, and a few
+    of the best once more with other groups where there are columns of tiles to group."""
+    guessed = sorted((guess(tile, m, n, k, card), repr(tile), tile) for tile in _fitting(m, n, k, card))
+    chosen: list[Tile] = []
+    seen: Counter[tuple[int, ...]] = Counter()
+    for _, _, tile in guessed:
+        size = (tile.m, tile.n, tile.swap)
+        twins = (*size, tile.k, tile.warps)
+        if len(chosen) < limit and seen[size] < ALIKE and seen[twins] < TWINS:
+            seen.update((size, twins))
+            chosen.append(tile)
+    several = [tile for tile in chosen if m >= 4 * tile.m]
+    return chosen + [replace(tile, group=group) for tile in several[:REGROUPED] for group in GROUPS]
+
+
+def _fitting(m: int, n: int, k: int, card: Card) -> list[Tile]:
+    """Every tile of a coarse grid whose operands fit into shared memory and whose sums fit into registers."""
+    rows = max(16, min(256, 1 << (m - 1).bit_length()))
+    heights = [height for height in (16, 32, 64, 128, 256) if min(64, rows // 2) <= height <= rows]
+    found = []
+    for height, width, depth in itertools.product(heights, (16, 32, 64, 128, 256), (32, 64, 128, 256)):
+        if (
+            (width > 16 and width >= 2 * n)
+            or (depth > 64 and depth >= 2 * k)
+            or (depth == 32 and height * width < 128**2)
+        ):
+            continue
+        for warps, swap in itertools.product((1, 2, 4, 8), (False, True)):
+            sums = height * width // (32 * warps)
+            if not 8 <= sums <= ACCUMULATORS or (swap and height >= 128):
+                continue
+            bare = Tile(height, width, depth, warps, 1, swap=swap)
+            deepest = min(8, card.shared_memory // bare.shared_memory(), max(2, -(-k // depth)))
+            halves = card.shared_memory // 2 // bare.shared_memory()
+            stages = {deepest, min(deepest, 5), min(deepest, 4), min(deepest, 3), min(deepest, halves)}
+            found += [replace(bare, stages=number) for number in stages if number >= 2]
+    return found
+
+
+def guess(tile: Tile, m: int, n: int, k: int, card: Card) -> float:
+    """Clocks that a GEMM may take: waves of programs, each as slow as its arithmetic, its reads or their latency.
+
+    Good enough to say which few dozen of hundreds to measure, never to choose among those.
+    """
+    programs = -(-m // tile.m) * -(-n // tile.n)
+    shared = card.shared_memory // tile.shared_memory()
+    registers = REGISTERS // (32 * tile.warps * min(255, tile.m * tile.n // (32 * tile.warps) + 56))
+    resident = max(1, min(shared, registers, 48 // tile.warps))
+    resident = min(resident, -(-programs // card.multiprocessors))
+    waves = -(-programs // (card.multiprocessors * resident))
+    wide = tile.n if tile.swap else tile.m
+    fed = wide >= 64 and tile.warps % 4 == 0
+    rate = TENSOR_CORES.get(card.capability[0], OLDER_TENSOR_CORES) if fed else OLDER_TENSOR_CORES
+    arithmetic = resident * 2 * tile.m * tile.n * tile.k / rate
+    reads = resident * (tile.m + tile.n) * tile.k * 2 / BYTES_PER_CLOCK
+    wait = LATENCY / (tile.stages - 1)
+    issue = STEP + resident * (tile.m + tile.n) * tile.k * 2 / (ISSUED * min(4, tile.warps))
+    step = max(arithmetic, reads, wait) + issue + wait / 20
+    return waves * (PROGRAM_START + -(-k // tile.k) * step)
