@@ -18,6 +18,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SET_PDEATHSIG = 1
+START_SECONDS = 180.0
+"""For a process to import what it needs, beside others that do so on a busy machine."""
 
 
 class Gone(Exception):
@@ -42,38 +44,45 @@ class Child:
             env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, bufsize=0, start_new_session=True,
         )  # fmt: skip
         self._unread = b""
-        self.ended = False
+        self.ended = self._started = False
 
     def ask(self, seconds: float, **question: Any) -> dict[str, Any]:
         """Its answer.
 
         Raises:
-            Gone: none came within ``seconds``.
+            Gone: none came within ``seconds`` of its being there.
         """
-        assert self._process.stdin is not None and self._process.stdout is not None
-        until = time.monotonic() + seconds
+        assert self._process.stdin is not None
+        if not self._started:
+            self._line(START_SECONDS)
+            self._started = True
         try:
             self._process.stdin.write(json.dumps(question).encode() + b"\n")
-            while b"\n" not in self._unread:
-                left = until - time.monotonic()
-                if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
-                    raise Gone(f"no answer in {seconds:g} s")
-                part = os.read(self._process.stdout.fileno(), 1 << 16)
-                if not part:
-                    raise BrokenPipeError
-                self._unread += part
-        except Gone:
-            self.kill()
-            raise
         except OSError:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(5)
-            status = self._process.poll()
-            said = self._last_words()
-            self.kill()
-            raise Gone(f"it ended with status {status}" + (f": {said}" if said else "")) from None
+            raise self._gone() from None
+        return json.loads(self._line(seconds))
+
+    def _line(self, seconds: float) -> bytes:
+        assert self._process.stdout is not None
+        until = time.monotonic() + seconds
+        while b"\n" not in self._unread:
+            left = until - time.monotonic()
+            if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
+                self.kill()
+                raise Gone(f"no answer in {seconds:g} s")
+            part = os.read(self._process.stdout.fileno(), 1 << 16)
+            if not part:
+                raise self._gone()
+            self._unread += part
         line, _, self._unread = self._unread.partition(b"\n")
-        return json.loads(line)
+        return line
+
+    def _gone(self) -> Gone:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)
+        status, said = self._process.poll(), self._last_words()
+        self.kill()
+        return Gone(f"it ended with status {status}" + (f": {said}" if said else ""))
 
     def kill(self) -> None:
         """End it now, with all that it started; asked for by whoever asks it questions, else :meth:`stop` is."""
@@ -109,5 +118,6 @@ def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     # what compilers print must not come between the answers
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    print("{}", file=answers, flush=True)  # it is there
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
