@@ -24,6 +24,8 @@ except ImportError:  # the CPU form needs no Triton
     triton = None
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SUMS_A_PLACE = 4096
+"""Sums that are compared for each place of a row, before the vendor may run many rows at a time on a CPU."""
 CPU_ROWS = (16, 8, 4, 2)
 
 if triton is not None:
@@ -237,6 +239,12 @@ def _on_cpu(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torc
     return c[:, :num_rows]
 
 
+def _same_in_each_place(row: torch.Tensor, step: int, b: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether the vendor gives a row [K] the same bits in each place of a batch of `step`."""
+    y = vendor_gemm.call(row.expand(step, -1).contiguous(), b, bias)
+    return same_bits(y, y[:1].expand(step, -1).contiguous())
+
+
 @functools.cache
 def _cpu_rows(depth: int, num_columns: int, dtype: torch.dtype, has_bias: bool, strides: tuple[int, ...]) -> int:
     """The most rows at a time at which the vendor's bits do not depend on a row's place; one row has but one place."""
@@ -245,9 +253,13 @@ def _cpu_rows(depth: int, num_columns: int, dtype: torch.dtype, has_bias: bool, 
     if strides[0] == 1 and strides[1] >= depth:
         b = b.t().contiguous().t()
     bias = torch.randn(num_columns, generator=generator).to(dtype) if has_bias else None
+    # Few columns show few sums, of which most round alike in any order: wide exponents and many rows tell orders apart.
+    count = max(2, -(-SUMS_A_PLACE // num_columns))
+    rows = (
+        torch.randn(count, depth, generator=generator) * torch.rand(count, depth, generator=generator).mul(-16).exp2()
+    )
+    rows = rows.to(dtype)
     for step in CPU_ROWS:
-        x = torch.randn(step, depth, generator=generator).to(dtype)
-        one_further = vendor_gemm.call(x.roll(1, 0), b, bias).roll(-1, 0)
-        if same_bits(vendor_gemm.call(x, b, bias), one_further):
+        if all(_same_in_each_place(row, step, b, bias) for row in rows):
             return step
     return 1
