@@ -130,11 +130,11 @@ def harness() -> None:
     if not path.is_file():
         return
     rows = list(csv.DictReader(path.open(encoding="utf-8")))
-    tools = {"bench": "vllm bench serve", "stream": "harness, streaming the same", "harness": "harness, with logprobs"}
-    figure, axes = plt.subplots(1, 2, figsize=(8, 1.8), layout="constrained", sharey=True)
+    tools = {"bench": "vllm bench serve", "harness": "harness, with logprobs"}
+    figure, axes = plt.subplots(1, 2, figsize=(8, 1.4), layout="constrained", sharey=True)
     for side, key, label in ((axes[0], "rps", "requests a second"), (axes[1], "peak_mb", "peak memory, MB")):
         medians = [statistics.median(float(row[f"{tool}_{key}"]) for row in rows) for tool in tools]
-        bars = side.barh(list(tools.values()), medians, color=(GREY, BLUE, BLUE))
+        bars = side.barh(list(tools.values()), medians, color=(GREY, BLUE))
         side.bar_label(bars, [f"{value:,.0f}" for value in medians], padding=3, fontsize=9)
         side.set_xlim(0, max(medians) * 1.2)
         side.set_xlabel(label)
