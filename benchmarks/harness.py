@@ -9,8 +9,8 @@ of answers, no other traffic. Each tool times its own load, from the first reque
 that of the tool's process. Writes a line a round to benchmarks/results/harness.csv.
 
 The two do not do the same work. `vllm bench serve` streams: it reads 1.9 kB a request, an event for each four
-characters. The harness asks for whole answers with each token's id, logprob and five alternatives, 3.9 kB, checks and hashes all of
-it and compares it with the answer alone.
+characters. The harness asks for whole answers with each token's id, logprob and five alternatives, 3.9 kB, checks and
+hashes all of it and compares it with the answer alone.
 
 The machine must have nothing else to do.
 """
