@@ -242,7 +242,7 @@ def _on_cpu(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torc
 def _same_in_each_place(row: torch.Tensor, step: int, b: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Whether the vendor gives a row [K] the same bits in each place of a batch of `step`."""
     y = vendor_gemm.call(row.expand(step, -1).contiguous(), b, bias)
-    return same_bits(y, y[:1].expand(step, -1).contiguous())
+    return bool(same_bits(y, y[:1].expand(step, -1).contiguous()))
 
 
 @functools.cache
