@@ -14,7 +14,7 @@ import torch
 
 from batch_invariant_ops import tiles
 from batch_invariant_ops.ops import vendor_gemm
-from batch_invariant_ops.proof import same_bits
+from batch_invariant_ops.proof import probe, same_bits
 from batch_invariant_ops.tiles import Tile
 
 try:
@@ -248,17 +248,10 @@ def _same_in_each_place(row: torch.Tensor, step: int, b: torch.Tensor, bias: tor
 @functools.cache
 def _cpu_rows(depth: int, num_columns: int, dtype: torch.dtype, has_bias: bool, strides: tuple[int, ...]) -> int:
     """The most rows at a time at which the vendor's bits do not depend on a row's place; one row has but one place."""
-    generator = torch.Generator().manual_seed(0)
-    b = torch.randn(depth, num_columns, generator=generator).to(dtype)
-    if strides[0] == 1 and strides[1] >= depth:
-        b = b.t().contiguous().t()
-    bias = torch.randn(num_columns, generator=generator).to(dtype) if has_bias else None
-    # Few columns show few sums, of which most round alike in any order: wide exponents and many rows tell orders apart.
+    # Few columns show few sums, of which most round alike in any order: then more rows are looked at.
     count = max(2, -(-SUMS_A_PLACE // num_columns))
-    rows = (
-        torch.randn(count, depth, generator=generator) * torch.rand(count, depth, generator=generator).mul(-16).exp2()
-    )
-    rows = rows.to(dtype)
+    rows, w, bias = probe(count, num_columns, depth, dtype, torch.device("cpu"), has_bias)
+    b = w.t() if strides[0] == 1 and strides[1] >= depth else w.t().contiguous()
     for step in CPU_ROWS:
         if all(_same_in_each_place(row, step, b, bias) for row in rows):
             return step
