@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from dataclasses import asdict
@@ -24,7 +23,7 @@ import torch
 
 from batch_invariant_ops import certificates, proving, vendor
 from batch_invariant_ops.certificates import Case, Certificate
-from batch_invariant_ops.cli import shapes
+from batch_invariant_ops.cli import checks, shapes
 from batch_invariant_ops.cli.errors import BadInput
 from batch_invariant_ops.cli.progress import Progress
 from batch_invariant_ops.proof import window_of
@@ -34,10 +33,7 @@ CPU_LARGEST = 128
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command's flags."""
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", type=Path, metavar="DIR", help="the layers of the model whose config.json is in DIR")
-    what.add_argument("--shapes", nargs="+", metavar="N,K", help="layers with weights [N, K]")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="RANKS", help="split --model's layers")
+    shapes.add_arguments(parser)
     parser.add_argument("--dtype", nargs="+", choices=shapes.DTYPES, help="default: the model's, else bfloat16")
     parser.add_argument("--bias", action="store_true", help="with --shapes: the layers have a bias")
     parser.add_argument("--exhaustive", action="store_true", help="compare every M, and keep certificates")
@@ -130,16 +126,10 @@ def _device(asked_for: str | None) -> torch.device:
 
 def _cases(arguments: argparse.Namespace, device: torch.device) -> list[tuple[str, Case, int]]:
     """(layer's name, GEMM, largest M), without repetitions."""
-    for flag in ("max_tokens", "max_seqs", "tensor_parallel_size"):
-        value = getattr(arguments, flag)
-        if value is not None and value < 1:
-            raise BadInput(f"--{flag.replace('_', '-')} {value}: a whole number above 0 is needed")
-    if arguments.model is not None:
-        if arguments.bias:
-            raise BadInput("--bias goes with --shapes: a model's config.json says which of its layers have one")
-        layers, own_dtype = shapes.of_model(arguments.model, arguments.tensor_parallel_size)
-    else:
-        layers, own_dtype = shapes.of_arguments(arguments.shapes), torch.bfloat16
+    checks.above_zero(arguments, "max_tokens", "max_seqs", "tensor_parallel_size")
+    if arguments.model is not None and arguments.bias:
+        raise BadInput("--bias goes with --shapes: a model's config.json says which of its layers have one")
+    layers, own_dtype = shapes.of(arguments)
     largest = arguments.max_tokens or (CPU_LARGEST if device.type == "cpu" else 8192)
     cases: dict[Case, tuple[str, int]] = {}
     for dtype in [shapes.DTYPES[name] for name in arguments.dtype or []] or [own_dtype]:
@@ -152,12 +142,7 @@ def _cases(arguments: argparse.Namespace, device: torch.device) -> list[tuple[st
 
 def _check_folder(folder: Path) -> None:
     """BadInput where certificates could not be kept; asked before the work, not after it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK | os.X_OK)
-    except OSError:
-        writable = False
-    if not writable:
+    if not checks.can_hold_files(folder):
         raise BadInput(f"BATCH_INVARIANT_CACHE={folder}: certificates cannot be kept there; name a folder to write in")
 
 

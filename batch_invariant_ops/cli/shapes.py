@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,25 @@ class Layer:
     k: int
     has_bias: bool = False
     on_samples: bool = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the flags by which a command is told its layers."""
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", type=Path, metavar="DIR", help="the layers of the model whose config.json is in DIR")
+    what.add_argument("--shapes", nargs="+", metavar="N,K", help="layers with weights [N, K]")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="RANKS", help="split --model's layers")
+
+
+def of(arguments: argparse.Namespace) -> tuple[list[Layer], torch.dtype]:
+    """The layers that were asked for, and the type of their weights: the model's, or bfloat16.
+
+    Raises:
+        BadInput: see :func:`of_model` and :func:`of_arguments`.
+    """
+    if arguments.model is not None:
+        return of_model(arguments.model, arguments.tensor_parallel_size)
+    return of_arguments(arguments.shapes), torch.bfloat16
 
 
 def of_model(folder: Path, tensor_parallel_size: int = 1) -> tuple[list[Layer], torch.dtype]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import asdict
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 from batch_invariant_ops import certificates, tiles
-from batch_invariant_ops.cli import shapes
+from batch_invariant_ops.cli import checks, shapes
 from batch_invariant_ops.cli.errors import BadInput
 from batch_invariant_ops.cli.progress import Progress, clock
 from batch_invariant_ops.tuning import bands
@@ -39,10 +38,7 @@ LEAST_SECONDS = 1.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command's flags."""
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", type=Path, metavar="DIR", help="the layers of the model whose config.json is in DIR")
-    what.add_argument("--shapes", nargs="+", metavar="N,K", help="layers with weights [N, K]")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="RANKS", help="split --model's layers")
+    shapes.add_arguments(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="default: the model's, else bfloat16; a table serves both")
     parser.add_argument("--max-tokens", type=int, default=8192, metavar="M", help="the largest M (8192)")
     parser.add_argument("--seconds", type=float, default=300.0, metavar="S", help="about how long it may take (300)")
@@ -138,16 +134,11 @@ def _text(value: Any, indent: str = "") -> str:
 
 def _shapes(arguments: argparse.Namespace) -> tuple[list[tuple[int, int]], str]:
     """(N, K) of the layers, and the name of their type."""
-    for flag in ("max_tokens", "tensor_parallel_size"):
-        if (value := getattr(arguments, flag)) < 1:
-            raise BadInput(f"--{flag.replace('_', '-')} {value}: a whole number above 0 is needed")
+    checks.above_zero(arguments, "max_tokens", "tensor_parallel_size")
     if not LEAST_SECONDS <= arguments.seconds < math.inf:
         raise BadInput(f"--seconds {arguments.seconds:g}: a number from {LEAST_SECONDS:g} on is needed")
-    if arguments.model is not None:
-        layers, own = shapes.of_model(arguments.model, arguments.tensor_parallel_size)
-        dtype = arguments.dtype or str(own).removeprefix("torch.")
-    else:
-        layers, dtype = shapes.of_arguments(arguments.shapes), arguments.dtype or "bfloat16"
+    layers, own = shapes.of(arguments)
+    dtype = arguments.dtype or str(own).removeprefix("torch.")
     if dtype not in DTYPES:
         raise BadInput(f"--model {arguments.model}: tables are for 16-bit types, its own is {dtype}; name a --dtype")
     return [(layer.n, layer.k) for layer in layers], dtype
@@ -157,10 +148,5 @@ def _check_file(path: Path, given: str) -> None:
     """BadInput where a table cannot be written; asked before the work, not after it."""
     if path.suffix != ".json" or path.is_dir():
         raise BadInput(f"{given}: the name of a file that ends in .json is needed")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writable = os.access(path.parent, os.W_OK | os.X_OK)
-    except OSError:
-        writable = False
-    if not writable:
+    if not checks.can_hold_files(path.parent):
         raise BadInput(f"{given}: a table cannot be kept in {path.parent}; name a folder to write in")
