@@ -9,9 +9,7 @@ The machine must have nothing else to do.
 """
 
 import argparse
-import csv
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -22,13 +20,7 @@ sys.path.insert(0, str(ROOT / "vllm"))
 
 import demo  # noqa: E402
 from local_server import Failure, Programs, free_port, wait_until_ready  # noqa: E402
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+from rounds import kept, processor  # noqa: E402
 
 
 def rounds(count: int, folder: Path):
@@ -69,17 +61,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "cpu_serving.csv")
     arguments = parser.parse_args()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = []
     try:
-        with tempfile.TemporaryDirectory() as folder, arguments.out.open("w", newline="", encoding="utf-8") as file:
-            for row in rounds(arguments.rounds, Path(folder)):
-                if not rows:
-                    table = csv.DictWriter(file, list(row))
-                    table.writeheader()
-                table.writerow(row)
-                file.flush()
-                rows.append(row)
+        with tempfile.TemporaryDirectory() as folder:
+            rows = list(kept(rounds(arguments.rounds, Path(folder)), arguments.out))
     except Failure as failure:
         print(f"cpu_serving: {failure}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -16,7 +16,6 @@ The machine must have nothing else to do.
 """
 
 import argparse
-import csv
 import json
 import os
 import platform
@@ -34,9 +33,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "vllm"))
 
 import demo  # noqa: E402
-from cpu_serving import processor  # noqa: E402
 from determinism.workload import text  # noqa: E402
 from local_server import Failure, Programs, free_port, wait_until_ready  # noqa: E402
+from rounds import kept, processor  # noqa: E402
 
 PROMPT_WORDS = (4, 8, 16, 32, 64, 96, 128, 150)
 """The longest is as long as `vllm bench serve` takes from a file with this tokenizer, 1024 tokens of a byte."""
@@ -130,17 +129,12 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "harness.csv")
     arguments = parser.parse_args()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     demo.FOLDER.mkdir(exist_ok=True)
     rows: list[dict[str, Any]] = []
     try:
-        with tempfile.TemporaryDirectory() as folder, arguments.out.open("w", newline="", encoding="utf-8") as file:
-            for row in rounds(arguments.rounds, Load(arguments, Path(folder), demo.make_model("tiny"))):
-                if not rows:
-                    table = csv.DictWriter(file, list(row))
-                    table.writeheader()
-                table.writerow(row)
-                file.flush()
+        with tempfile.TemporaryDirectory() as folder:
+            load = Load(arguments, Path(folder), demo.make_model("tiny"))
+            for row in kept(rounds(arguments.rounds, load), arguments.out):
                 rows.append(row)
                 print(*(f"{key}={row[key]}" for key in row if key.endswith(("_rps", "_peak_mb", "_failed", "ratio"))))
     except Failure as failure:
