@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -91,20 +90,20 @@ class Watch:
 
 def test_the_watch_sees_a_process_whose_parent_has_gone():
     """The twin of every check below that nothing is left: it can fail."""
-    shell = "echo ready; read line; sleep 600 <&- >&- 2>&- & exit 0"
+    # Popen returns once the child has become `sleep`, so that its name is there when its parent ends.
+    script = (
+        "import subprocess, sys; print('ready', flush=True); sys.stdin.readline();"
+        "none = subprocess.DEVNULL; subprocess.Popen(['sleep', '600'], stdin=none, stdout=none, stderr=none)"
+    )
     pipe = subprocess.PIPE
-    with subprocess.Popen(["sh", "-c", shell], stdin=pipe, stdout=pipe, start_new_session=True) as starter:
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True) as starter:
         assert starter.stdout.readline()
         watch = Watch(os.getpid())
         watch.look()
         starter.stdin.close()
         starter.wait()
-        # The shell's child may not have become `sleep` yet; its name is empty while it does.
-        for _ in range(100):
-            left = watch.left()
-            if list(map(str.strip, left.values())) == ["sleep 600"]:
-                break
-            time.sleep(0.05)
+        left = watch.left()
         for process in left:
             os.kill(process, signal.SIGKILL)
     assert [name.strip() for name in left.values()] == ["sleep 600"]
