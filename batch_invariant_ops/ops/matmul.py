@@ -76,7 +76,8 @@ if triton is not None:
             b_at = b_ptr + ks[:, None] * stride_bk + safe_columns[None, :] * stride_bn
             sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
 
-        for k in range(0, tl.cdiv(K, BLOCK_K)):
+        # never 0, else there is a way around the loop, for which ptxas has each wgmma wait for the one before
+        for k in range(0, tl.maximum(tl.cdiv(K, BLOCK_K), 1)):
             if EVEN_K:
                 a = tl.load(a_at)
                 b = tl.load(b_at)
