@@ -22,6 +22,11 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 SHIPPED = Path(__file__).with_name("tables")
 NO_LIMIT = 2**62
+PLAIN, COPYING, STAYING, FLATTENED = FORMS = ("plain", "copying", "staying", "flattened")
+"""How a program reads and what it does then: through pointers, one tile; by the copy engine (TMA), one tile; by it,
+tile after tile, on as many programs as there is room for (persistent); the same with all tiles' steps in one loop."""
+MULTIPROCESSOR_BYTES, MULTIPROCESSOR_REGISTERS = 228 * 1024, 65536
+"""Of sm_90 and sm_100; by fewer, some programs of a staying tile begin when others end."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Tile:
         warps, stages: Triton's ``num_warps`` and ``num_stages``.
         group: row tiles that share columns in L2 before the next columns come.
         swap: compute the tile's transpose, W·xᵀ, so that weights feed the wide side of the tensor core at small M.
+        form: one of :data:`FORMS`; where the copy engine cannot serve, the plain one runs with all else the same.
 
     Raises:
         ValueError: a value that no kernel can be made of.
@@ -45,6 +51,7 @@ class Tile:
     stages: int
     group: int = 8
     swap: bool = False
+    form: str = PLAIN
 
     def __post_init__(self) -> None:
         powers = {"m": (16, 256), "n": (16, 256), "k": (16, 256), "warps": (1, 16)}
@@ -58,10 +65,41 @@ class Tile:
                 raise ValueError(f"a tile's {name} is {value!r}: a whole number from 1 to {high} is needed")
         if type(self.swap) is not bool:
             raise ValueError(f"a tile's swap is {self.swap!r}: true or false is needed")
+        if self.form not in FORMS:
+            raise ValueError(f"a tile's form is {self.form!r}: one of {', '.join(FORMS)} is needed")
+
+    @property
+    def stays(self) -> bool:
+        """Whether a program works on several tiles, one after the other."""
+        return self.form in (STAYING, FLATTENED)
+
+    @property
+    def flattened(self) -> bool:
+        return self.form == FLATTENED
+
+    @property
+    def parts(self) -> int:
+        """Pieces in which the result is written, so that less room is taken from the operands of a tile that stays."""
+        return 2 if self.stays and self.m * self.n > 128 * 128 and self.m >= 128 and not self.swap else 1
+
+    @property
+    def residents(self) -> int:
+        """Programs that a multiprocessor has room for, about."""
+        registers = 32 * self.warps * min(255, self.m * self.n // (32 * self.warps) + 40)
+        return max(1, min(MULTIPROCESSOR_BYTES // (self.shared_memory() + 1024), MULTIPROCESSOR_REGISTERS // registers))
 
     def shared_memory(self, itemsize: int = 2) -> int:
-        """Bytes of a program's operands in flight, an upper bound of what Triton puts into shared memory for them."""
-        return (self.m + self.n) * self.k * itemsize * self.stages
+        """Bytes of a program's operands in flight, an upper bound of what Triton puts into shared memory for them.
+
+        With the copy engine there is a barrier a stage, too; what a tile that stays writes, and the bias that it adds,
+        lie beside the next one's operands.
+        """
+        operands = (self.m + self.n) * self.k * itemsize * self.stages
+        if self.form == PLAIN:
+            return operands
+        result = self.m * self.n * itemsize // self.parts
+        operands += 8 * self.stages
+        return operands + result + self.n * itemsize if self.stays else max(operands, result)
 
 
 SAFE = Tile(m=64, n=64, k=32, warps=4, stages=3)

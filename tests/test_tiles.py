@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -98,6 +99,8 @@ def test_anothers_table_is_not_taken():
         (json.dumps(content()).replace('"k": 64', '"k": "64"'), "a tile's k is '64': a power of two"),
         (json.dumps(content()).replace('"stages": 2', '"stages": 0'), "a tile's stages is 0"),
         (json.dumps(content()).replace('"swap": false', '"swap": 1'), "a tile's swap is 1: true or false"),
+        (json.dumps(content()).replace('"plain"', '"fast"'), "a tile's form is 'fast': one of plain, copying, "),
+        (json.dumps(content()).replace('"plain"', "null"), "a tile's form is None: one of plain, copying, "),
     ],
 )
 def test_a_damaged_table_is_ignored_with_one_line(text, said, caplog):
@@ -111,6 +114,25 @@ def test_a_damaged_table_is_ignored_with_one_line(text, said, caplog):
 def test_a_table_survives_being_written_and_read():
     table = tiles.parse(content())
     assert tiles.parse(json.loads(json.dumps(tiles.content_of(table, torch="2.11", measured="a day")))) == table
+
+
+def test_a_table_of_before_there_were_forms_is_read_as_plain():
+    before = json.loads(json.dumps(content()).replace(', "form": "plain"', ""))
+    assert '"form"' not in json.dumps(before) and tiles.parse(before) == tiles.parse(content())
+
+
+@pytest.mark.parametrize("form", tiles.FORMS)
+def test_a_form_survives_being_written_and_read(form):
+    table = Table((9, 0), "a card", ((NO_LIMIT, replace(OTHER, form=form)),), {})
+    assert tiles.parse(json.loads(json.dumps(tiles.content_of(table)))) == table
+
+
+def test_a_tile_that_stays_counts_its_result_and_leaves_room_for_as_many_as_fit():
+    wide, square = Tile(m=128, n=256, k=64, warps=8, stages=3), Tile(m=128, n=128, k=64, warps=4, stages=2)
+    plain, copying, staying = (replace(wide, form=form) for form in (tiles.PLAIN, tiles.COPYING, tiles.STAYING))
+    assert plain.shared_memory() < copying.shared_memory() < staying.shared_memory()
+    assert (copying.parts, staying.parts, replace(staying, swap=True, m=64).parts) == (1, 2, 1)
+    assert staying.residents == 1 and replace(square, form=tiles.STAYING).residents == 2
 
 
 def test_fp32_runs_one_tile_everywhere():

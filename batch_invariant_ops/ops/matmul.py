@@ -1,13 +1,16 @@
 """C = A·B + bias with bits that depend on no other row: the Triton GEMM that the numerics contract is written for.
 
 Each element is one fp32 sum with k ascending, never split; the bias joins in fp32; one rounding to the output type.
-Tiles are free to choose (:mod:`batch_invariant_ops.tiles`). On a CPU the vendor's GEMM runs on one constant number of
-rows at a time, so that it has no M to choose a kernel by, and one at which a row's place was seen not to matter.
+Tiles are free to choose (:mod:`batch_invariant_ops.tiles`), and with them the kernel's form: operands come through
+pointers, which serve any strides, or by the copy engine that cards have since sm_90. On a CPU the vendor's GEMM runs on
+one constant number of rows at a time, so that it has no M to choose a kernel by, and one at which a row's place was
+seen not to matter.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,20 +18,37 @@ import torch
 from batch_invariant_ops import tiles
 from batch_invariant_ops.ops import vendor_gemm
 from batch_invariant_ops.proof import probe, same_bits
-from batch_invariant_ops.tiles import Tile
+from batch_invariant_ops.tiles import PLAIN, Tile
 
 try:
     import triton
     import triton.language as tl
 except ImportError:  # the CPU form needs no Triton
     triton = None
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # nor does the form with pointers need an up-to-date one
+    TensorDescriptor = None
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SUMS_A_PLACE = 4096
 """Sums that are compared for each place of a row, before the vendor may run many rows at a time on a CPU."""
 CPU_ROWS = (16, 8, 4, 2)
+COPIED = 16
+"""Bytes that the copy engine asks an address and a row's distance to be a multiple of."""
+MULTIPROCESSORS = 4
+"""Taken for those of a device that has none: the interpreter's, the compiler's."""
 
 if triton is not None:
+
+    @triton.jit
+    def _place(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+        """Row and column of a tile: groups of GROUP_M rows of tiles share columns in L2."""
+        in_group = GROUP_M * tiles_n
+        first_m = (tile // in_group) * GROUP_M
+        group_m = min(tiles_m - first_m, GROUP_M)
+        return first_m + (tile % in_group) % group_m, (tile % in_group) // group_m
+
     # the number of rows is nothing to compile for: a server meets all of them. Strides between entries are: a pointer
     # of unknown alignment is read two bytes at a time, and such reads are not pipelined
     @triton.jit(do_not_specialize=["M"])
@@ -42,15 +62,7 @@ if triton is not None:
         EVEN_K: tl.constexpr, SWAP: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
     ):  # fmt: skip
         """c[m, n] = round(bias[n] + sum over k ascending of a[m, k]·b[k, n]), one tile of one batch entry a program."""
-        tile = tl.program_id(0)
-        tiles_m = tl.cdiv(M, BLOCK_M)
-        tiles_n = tl.cdiv(N, BLOCK_N)
-        in_group = GROUP_M * tiles_n
-        first_m = (tile // in_group) * GROUP_M
-        group_m = min(tiles_m - first_m, GROUP_M)
-        tile_m = first_m + (tile % in_group) % group_m
-        tile_n = (tile % in_group) // group_m
-
+        tile_m, tile_n = _place(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
         rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         ks = tl.arange(0, BLOCK_K)
@@ -108,6 +120,73 @@ if triton is not None:
                 sums += bias[None, :]
             c_at = c_ptr + rows[:, None] * stride_cm + columns[None, :] * stride_cn
             tl.store(c_at, sums.to(c_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
+
+    @triton.jit
+    def _copied_tile(
+        a_of, b_of, bias_ptr, c_of, tile, M, N, K,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+        SWAP: tl.constexpr, HAS_BIAS: tl.constexpr, PARTS: tl.constexpr,
+    ):  # fmt: skip
+        """One tile of c. What lies beyond an edge is read as 0, which adds nothing, and is not written."""
+        tile_m, tile_n = _place(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+        m = tile_m * BLOCK_M
+        n = tile_n * BLOCK_N
+        # never 0, else there is a way around the loop, for which ptxas has each wgmma wait for the one before
+        steps = tl.maximum(tl.cdiv(K, BLOCK_K), 1)
+        if SWAP:
+            sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        else:
+            sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for step in range(steps):
+            a = a_of.load([m, step * BLOCK_K])
+            b = b_of.load([n, step * BLOCK_K])
+            if SWAP:
+                sums = tl.dot(b, a.T, sums, input_precision="ieee")
+            else:
+                sums = tl.dot(a, b.T, sums, input_precision="ieee")
+        if HAS_BIAS:
+            columns = n + tl.arange(0, BLOCK_N)
+            bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
+            if SWAP:
+                sums += bias[:, None]
+            else:
+                sums += bias[None, :]
+        if SWAP:
+            c_of.store([m, n], sums.to(c_of.dtype).T)
+        elif PARTS == 2:
+            left, right = tl.split(tl.permute(tl.reshape(sums, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+            c_of.store([m, n], left.to(c_of.dtype))
+            c_of.store([m, n + BLOCK_N // 2], right.to(c_of.dtype))
+        else:
+            c_of.store([m, n], sums.to(c_of.dtype))
+
+    # descriptors carry shapes and strides, so that one compiled kernel serves all of them
+    @triton.jit(do_not_specialize=["M", "N", "K"])
+    def _copying_kernel(
+        a_of, b_of, bias_ptr, c_of, M, N, K,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+        SWAP: tl.constexpr, HAS_BIAS: tl.constexpr, PARTS: tl.constexpr,
+        PERSISTENT: tl.constexpr, FLATTENED: tl.constexpr,
+    ):  # fmt: skip
+        """c[m, n] = round(bias[n] + sum over k ascending of a[m, k]·b[n, k]), by descriptors of a, b and c.
+
+        A program works on one tile, or on every so manieth; flattened, it reads the next one's first operands while
+        it writes what it has.
+        """
+        if PERSISTENT:
+            tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+            for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTENED):
+                _copied_tile(
+                    a_of, b_of, bias_ptr, c_of, tile, M, N, K,
+                    BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SWAP, HAS_BIAS, PARTS,
+                )  # fmt: skip
+        else:
+            _copied_tile(
+                a_of, b_of, bias_ptr, c_of, tl.program_id(0), M, N, K,
+                BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SWAP, HAS_BIAS, PARTS,
+            )  # fmt: skip
+
+    KERNELS = (_place, _copied_tile, _copying_kernel, _matmul_kernel)
 
 
 def gemm(
@@ -174,22 +253,34 @@ def warm_up(a: torch.Tensor, b: torch.Tensor, *, tile: Tile) -> Any:
     Returns:
         Triton's compiled kernel.
     """
-    grid, operands, options = _call(a[None], b[None], None, a.new_empty(1, a.shape[0], b.shape[1]), tile)
-    return _matmul_kernel.warmup(*operands, grid=grid, **options)
+    kernel, grid, operands, options = _call(a[None], b[None], None, a.new_empty(1, a.shape[0], b.shape[1]), tile)
+    return kernel.warmup(*operands, grid=grid, **options)
 
 
 def _launch(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, tile: Tile) -> torch.Tensor:
     c = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
-    grid, operands, options = _call(a, b, None if bias is None else bias.contiguous(), c, tile)
+    kernel, grid, operands, options = _call(a, b, None if bias is None else bias.contiguous(), c, tile)
     with torch.cuda.device(a.device) if a.is_cuda else _nothing():
-        _matmul_kernel[grid](*operands, **options)
+        kernel[grid](*operands, **options)
     return c
 
 
-def _call(
-    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, c: torch.Tensor, tile: Tile
-) -> tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]:
-    """The kernel's grid, arguments and options for a [Z, M, K], b [Z, K, N] and c [Z, M, N]."""
+Call = tuple[Any, tuple[int, int], tuple[Any, ...], dict[str, Any]]
+"""A kernel, its grid, its arguments and its options."""
+
+
+def _call(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, c: torch.Tensor, tile: Tile) -> Call:
+    """What computes c [Z, M, N] of a [Z, M, K] and b [Z, K, N]: in the tile's form, or with pointers if need be."""
+    if tile.form == PLAIN:
+        return _by_pointers(a, b, bias, c, tile)
+    if a.itemsize != 2:  # its stages were counted for 16-bit operands
+        return _by_pointers(a, b, bias, c, tiles.FP32)
+    if a.shape[0] == 1 and _has_copy_engine(a.device) and all(map(_copies, (a[0], b[0].t(), c[0]))):
+        return _by_copies(a[0], b[0].t(), bias, c[0], tile)
+    return _by_pointers(a, b, bias, c, replace(tile, form=PLAIN))
+
+
+def _by_pointers(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, c: torch.Tensor, tile: Tile) -> Call:
     entries, num_rows, depth = a.shape
     num_columns = b.shape[2]
     extents = (t.numel() if t.is_contiguous() else _extent(t) for t in (a, b, c))
@@ -197,11 +288,50 @@ def _call(
     strides = [t.stride() if entries > 1 else (0, *t.stride()[1:]) for t in (a, b, c)]
     grid = (triton.cdiv(num_rows, tile.m) * triton.cdiv(num_columns, tile.n), entries)
     operands = (a, b, bias, c, num_rows, num_columns, depth, *strides[0], *strides[1], *strides[2])
-    return grid, operands, {
+    return _matmul_kernel, grid, operands, {
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_M": tile.group,
         "EVEN_K": depth % tile.k == 0, "SWAP": tile.swap, "HAS_BIAS": bias is not None, "WIDE": max(extents) >= 2**31,
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
+
+
+def _by_copies(a: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, c: torch.Tensor, tile: Tile) -> Call:
+    """For a [M, K], w [N, K] and c [M, N], each of which the copy engine can read or write."""
+    (num_rows, depth), num_columns = a.shape, w.shape[0]
+    blocks = ((a, tile.m, tile.k), (w, tile.n, tile.k), (c, tile.m, tile.n // tile.parts))
+    described = [TensorDescriptor(t, [*t.shape], [_row(t), 1], [height, width]) for t, height, width in blocks]
+    programs = triton.cdiv(num_rows, tile.m) * triton.cdiv(num_columns, tile.n)
+    if tile.stays:
+        programs = min(programs, _multiprocessors(a.device) * tile.residents)
+    operands = (described[0], described[1], bias, described[2], num_rows, num_columns, depth)
+    return _copying_kernel, (programs, 1), operands, {
+        "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_M": tile.group, "SWAP": tile.swap,
+        "HAS_BIAS": bias is not None, "PARTS": tile.parts, "PERSISTENT": tile.stays, "FLATTENED": tile.flattened,
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+
+
+def copies(n: int, k: int) -> bool:
+    """Whether the copy engine, where there is one, serves x [m, k] · w [n, k]ᵀ of contiguous 16-bit operands."""
+    return n * 2 % COPIED == 0 and k * 2 % COPIED == 0
+
+
+def _copies(tensor: torch.Tensor) -> bool:
+    """Whether the copy engine can read and write a matrix of 16-bit elements."""
+    address = 0 if tensor.is_meta else tensor.data_ptr()
+    row = _row(tensor)
+    return (
+        (tensor.stride(1) == 1 or tensor.shape[1] == 1)
+        and 0 < row < 2**31
+        and row * tensor.itemsize % COPIED == 0
+        and address % COPIED == 0
+        and max(tensor.shape) < 2**31 - 2**16  # a block that begins before the end may reach beyond it
+    )
+
+
+def _row(tensor: torch.Tensor) -> int:
+    """Elements from one row to the next; of a row that is alone torch may say anything."""
+    return tensor.stride(0) if tensor.shape[0] > 1 else tensor.shape[1]
 
 
 def _extent(tensor: torch.Tensor) -> int:
@@ -217,6 +347,22 @@ class _nothing:
 
 def _interpreted() -> bool:
     return triton is not None and triton.knobs.runtime.interpret
+
+
+def _has_copy_engine(device: torch.device) -> bool:
+    """Whether there is one, and a Triton that knows it; the interpreter imitates it."""
+    if TensorDescriptor is None:
+        return False
+    if device.type == "meta":
+        return triton.runtime.driver.active.get_current_target().arch >= 90
+    return _card(device)[1] >= (9, 0) if device.type == "cuda" else _interpreted()
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache

@@ -61,8 +61,7 @@ class Gpu:
     def card(self) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(self.device)
         known = certificates.machine(self.device)
-        kernel = matmul._matmul_kernel
-        source = inspect.getsource(getattr(kernel, "fn", kernel))
+        source = "".join(inspect.getsource(getattr(kernel, "fn", kernel)) for kernel in matmul.KERNELS)
         return asdict(
             Card(
                 gpu=properties.name,

@@ -1,6 +1,7 @@
 """Our GEMM's freedoms on a GPU change no bit: tiles, graphs, the compiler, streams, repetition, padding, the mode."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,16 @@ pytestmark = [
 ]
 GPU = torch.device("cuda", 0)
 HALVES = [torch.bfloat16, torch.float16]
+COPIED = [
+    tiles.Tile(m=128, n=128, k=64, warps=4, stages=3),
+    tiles.Tile(m=128, n=256, k=64, warps=8, stages=3),
+    tiles.Tile(m=128, n=256, k=64, warps=8, stages=4),
+    tiles.Tile(m=256, n=128, k=64, warps=8, stages=3),
+    tiles.Tile(m=64, n=256, k=64, warps=8, stages=4, group=3),
+    tiles.Tile(m=64, n=64, k=128, warps=4, stages=3),
+    tiles.Tile(m=16, n=64, k=128, warps=4, stages=4, swap=True),
+    tiles.Tile(m=64, n=128, k=64, warps=4, stages=4, swap=True),
+]
 
 
 def every_tile():
@@ -26,7 +37,8 @@ def every_tile():
     here = torch.cuda.get_device_capability()
     own = {tile for table in shipped if table.capability == here for tile in table.tiles()}
     others = {tile for table in shipped for tile in table.tiles() if tile.shared_memory() <= limit}
-    return sorted(own | others | {tiles.SAFE}, key=repr)
+    forms = {replace(tile, form=form) for tile in COPIED for form in tiles.FORMS}
+    return sorted(own | others | {tiles.SAFE} | {tile for tile in forms if tile.shared_memory() <= limit}, key=repr)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
@@ -36,6 +48,51 @@ def test_every_tile_gives_the_same_bits(dtype):
     for tile in every_tile():
         for m in (1, 17, 200):
             assert same_bits(matmul.gemm(x[:m], w.t(), tile=tile), expected[:m]), (tile, m)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("n, k", [(264, 1000), (1000, 72), (520, 8), (2056, 4104), (260, 1024), (264, 1020)])
+def test_every_form_gives_the_same_bits_at_every_edge(dtype, n, k):
+    """Ragged N and K; the last two are none that the copy engine can serve."""
+    x, w, bias = probe(700, n, k, dtype, GPU, True)
+    for b in (None, bias):
+        expected = matmul.gemm(x, w.t(), b, tile=tiles.SAFE)
+        for tile in every_tile():
+            if tile.form != tiles.PLAIN:
+                for m in (1, 65, 300, 700):
+                    assert same_bits(matmul.gemm(x[:m], w.t(), b, tile=tile), expected[:m]), (tile, m)
+
+
+@pytest.mark.parametrize("form", tiles.FORMS)
+def test_many_tiles_a_program_have_the_fixed_tiles_bits_each_time(form):
+    x, w, _ = probe(4096, 4096, 512, torch.bfloat16, GPU)
+    expected = matmul.gemm(x, w.t(), tile=tiles.SAFE)
+    for tile in COPIED:
+        for _ in range(20):
+            assert same_bits(matmul.gemm(x, w.t(), tile=replace(tile, form=form)), expected), tile
+
+
+@pytest.mark.parametrize("form", tiles.FORMS)
+def test_every_form_is_captured_in_a_graph(form):
+    x, w, bias = probe(300, 520, 1024, torch.bfloat16, GPU, True)
+    expected = matmul.gemm(x, w.t(), bias, tile=tiles.SAFE)
+    tile = replace(COPIED[0], form=form)
+    matmul.gemm(x, w.t(), bias, tile=tile)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = matmul.gemm(x, w.t(), bias, tile=tile)
+    for _ in range(100):
+        y.zero_()
+        graph.replay()
+        assert same_bits(y, expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="no copy engine")
+def test_on_this_card_the_copy_engine_is_what_runs():
+    x, w, _ = probe(8, 64, 64, torch.bfloat16, GPU)
+    kernel = matmul.warm_up(x, w.t(), tile=replace(COPIED[0], form=tiles.COPYING))
+    assert "cp.async.bulk.tensor" in kernel.asm["ptx"]
 
 
 def test_the_probe_would_show_another_order_of_summation():

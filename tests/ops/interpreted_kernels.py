@@ -3,6 +3,8 @@
 fp32 and fp16 only: the interpreter cuts bf16 off where a GPU rounds.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,6 +20,9 @@ DTYPES = [torch.float32, torch.float16]
 LENGTHS = [1, 31, 64, 100, 8192, 8200]
 SMALL = tiles.Tile(m=16, n=16, k=16, warps=4, stages=1)
 SWAPPED = tiles.Tile(m=16, n=32, k=32, warps=4, stages=1, swap=True)
+HALVED = tiles.Tile(m=128, n=256, k=32, warps=8, stages=1)
+
+needs_descriptors = pytest.mark.skipif(matmul.TensorDescriptor is None, reason="this Triton has no descriptors")
 
 
 def test_the_kernels_are_what_runs():
@@ -75,6 +80,63 @@ def test_products_are_near_fp64_and_the_same_alone(dtype, tile, m, k, n, random)
     exact = a.double() @ b.double() + bias.double()
     assert torch.allclose(y.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-4 if dtype == DTYPES[0] else 1e-2)
     assert same_bits(matmul.gemm(a[-1:].clone(), b, bias, tile=tile), y[-1:])
+
+
+def form_that_runs(a, b, bias=None, tile=SMALL):
+    """The form in which a product would run."""
+    c = a.new_empty(1, a.shape[0], b.shape[1])
+    kernel, _, _, options = matmul._call(a[None], b[None], bias, c, tile)
+    if kernel is matmul._matmul_kernel:
+        return tiles.PLAIN
+    return tiles.FLATTENED if options["FLATTENED"] else tiles.STAYING if options["PERSISTENT"] else tiles.COPYING
+
+
+@needs_descriptors
+@pytest.mark.parametrize("form", [tiles.COPYING, tiles.STAYING, tiles.FLATTENED])
+@pytest.mark.parametrize("tile", [SMALL, SWAPPED, HALVED], ids=["plain", "swapped", "halved"])
+@pytest.mark.parametrize("m, k, n", [(1, 16, 16), (17, 40, 40), (100, 104, 280)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_other_forms_have_the_plain_ones_bits(form, tile, m, k, n, has_bias, random):
+    a, b = random(m, k, dtype=torch.float16), random(n, k, dtype=torch.float16).t()
+    bias = random(n, dtype=torch.float16) if has_bias else None
+    chosen = replace(tile, form=form)
+    assert form_that_runs(a, b, bias, chosen) == form
+    assert same_bits(matmul.gemm(a, b, bias, tile=chosen), matmul.gemm(a, b, bias, tile=tile))
+
+
+@needs_descriptors
+@pytest.mark.parametrize(
+    "operands, serves",
+    {
+        "contiguous": (lambda random: (random(5, 40), random(24, 40).t()), True),
+        "distant rows": (lambda random: (random(5, 80)[:, :40], random(24, 48)[:, :40].t()), True),
+        "distant rows of a depth like any": (lambda random: (random(5, 80)[:, :37], random(24, 48)[:, :37].t()), True),
+        "one row, at any distance": (lambda random: (random(5, 41)[:1, :40], random(24, 40).t()), True),
+        "a depth of no multiple of 8": (lambda random: (random(5, 36), random(24, 36).t()), False),
+        "a width of no multiple of 8": (lambda random: (random(5, 40), random(20, 40).t()), False),
+        "columns that lie together": (lambda random: (random(5, 40), random(40, 24)), False),
+        "rows that lie together": (lambda random: (random(40, 8).t(), random(24, 40).t()), False),
+        "one row for all": (lambda random: (random(1, 40).expand(5, -1), random(24, 40).t()), False),
+        "an odd address": (lambda random: (random(5, 48)[:, 1:41], random(24, 40).t()), False),
+    }.values(),
+)
+def test_what_the_copy_engine_cannot_read_comes_through_pointers(operands, serves, random):
+    a, b = operands(lambda *shape: random(*shape, dtype=torch.float16))
+    tile = replace(SMALL, form=tiles.COPYING)
+    assert form_that_runs(a, b, tile=tile) == (tiles.COPYING if serves else tiles.PLAIN)
+    assert same_bits(matmul.gemm(a, b, tile=tile), matmul.gemm(a, b, tile=SMALL))
+
+
+@needs_descriptors
+def test_other_forms_serve_neither_fp32_nor_entries_nor_an_old_triton(random, monkeypatch):
+    tile = replace(SMALL, form=tiles.STAYING)
+    a, b = random(3, 5, 40), random(3, 40, 24)
+    assert form_that_runs(a[0], b[0], tile=tile) == tiles.PLAIN
+    assert same_bits(matmul.gemm(a[0], b[0], tile=tile), matmul.gemm(a[0], b[0], tile=tiles.FP32))
+    a, b = a.half(), b.half()
+    assert same_bits(matmul.bmm(a, b, tile=tile), matmul.bmm(a, b, tile=SMALL))
+    monkeypatch.setattr(matmul, "TensorDescriptor", None)
+    assert form_that_runs(a[0], b[0].t().contiguous().t(), tile=tile) == tiles.PLAIN
 
 
 def test_a_product_of_views_has_the_bits_of_their_copies(random):
