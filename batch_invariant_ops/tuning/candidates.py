@@ -5,12 +5,18 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Any
 
-from batch_invariant_ops.tiles import Tile
+from batch_invariant_ops.ops import matmul
+from batch_invariant_ops.tiles import COPYING, FLATTENED, PLAIN, STAYING, Tile
 
 LIMIT = 40
 ALIKE, TWINS = 6, 2
 """Candidates of one size and order, and those of them that differ in stages alone: the guess tells such apart badly."""
+ALIKE_PLAIN, ALIKE_COPYING = 2, 3
+"""Instead, of one size, order and form, where there are several forms."""
+FEW_ROWS, COPYING_FEW = 64, 10
+"""With fewer rows the weights are waited for, however they come: then so many of all candidates copy."""
 GROUPS = (4, 16)
 REGROUPED = 6
 ACCUMULATORS = 128
@@ -20,6 +26,8 @@ BYTES_PER_CLOCK = 40
 LATENCY = 900
 """Clocks until a read from DRAM is there."""
 PROGRAM_START = 1500
+NEXT_TILE = {STAYING: 1200, FLATTENED: 600}
+"""Clocks between the steps of a staying program's tiles."""
 STEP = 40
 """Clocks that a step costs beside its work: barriers, addresses."""
 ISSUED = 128
@@ -56,13 +64,17 @@ def candidates(m: int, n: int, k: int, card: Card, limit: int = LIMIT) -> list[T
     """Tiles for x [m, k] · w [n, k]ᵀ of 16-bit operands, by a rough guess of their time; at most ``limit``, and a few
     of the best once more with other groups where there are columns of tiles to group."""
     guessed = sorted((guess(tile, m, n, k, card), repr(tile), tile) for tile in _fitting(m, n, k, card))
+    few, copies = m < FEW_ROWS, any(tile.form != PLAIN for _, _, tile in guessed)
+    alike = {True: ALIKE_PLAIN if copies and not few else ALIKE, False: ALIKE_COPYING}
     chosen: list[Tile] = []
-    seen: Counter[tuple[int, ...]] = Counter()
+    seen: Counter[tuple[Any, ...]] = Counter()
     for _, _, tile in guessed:
-        size = (tile.m, tile.n, tile.swap)
+        plain = tile.form == PLAIN
+        size = (tile.m, tile.n, tile.swap, tile.form)
         twins = (*size, tile.k, tile.warps)
-        if len(chosen) < limit and seen[size] < ALIKE and seen[twins] < TWINS:
-            seen.update((size, twins))
+        enough = few and not plain and seen[(plain,)] >= COPYING_FEW
+        if len(chosen) < limit and seen[size] < alike[plain] and seen[twins] < TWINS and not enough:
+            seen.update((size, twins, (plain,)))
             chosen.append(tile)
     several = [tile for tile in chosen if m >= 4 * tile.m]
     return chosen + [replace(tile, group=group) for tile in several[:REGROUPED] for group in GROUPS]
@@ -84,12 +96,30 @@ def _fitting(m: int, n: int, k: int, card: Card) -> list[Tile]:
             sums = height * width // (32 * warps)
             if not 8 <= sums <= ACCUMULATORS or (swap and height >= 128):
                 continue
-            bare = Tile(height, width, depth, warps, 1, swap=swap)
-            deepest = min(8, card.shared_memory // bare.shared_memory(), max(2, -(-k // depth)))
-            halves = card.shared_memory // 2 // bare.shared_memory()
-            stages = {deepest, min(deepest, 5), min(deepest, 4), min(deepest, 3), min(deepest, halves)}
-            found += [replace(bare, stages=number) for number in stages if number >= 2]
+            steps = max(2, -(-k // depth))
+            for form in _forms(height, width, warps, swap, m, n, k, card):
+                found += _staged(Tile(height, width, depth, warps, 1, swap=swap, form=form), steps, card)
     return found
+
+
+def _forms(height: int, width: int, warps: int, swap: bool, m: int, n: int, k: int, card: Card) -> list[str]:
+    """Those worth a try: by the copy engine what then feeds the widest instruction, and stays where there is more."""
+    wide = width if swap else height
+    if card.capability < (9, 0) or not matmul.copies(n, k) or wide < 64 or warps % 4:
+        return [PLAIN]
+    if m < FEW_ROWS or -(-m // height) * -(-n // width) <= card.multiprocessors:
+        return [PLAIN, COPYING]
+    return [PLAIN, COPYING, STAYING, FLATTENED]
+
+
+def _staged(bare: Tile, steps: int, card: Card) -> list[Tile]:
+    """A tile of one stage with the numbers of stages that are worth a try."""
+    stage = (bare.m + bare.n) * bare.k * 2 + (bare.form != PLAIN) * 8
+    rest = bare.shared_memory() - stage if bare.stays else 0
+    deepest = min(8, (card.shared_memory - rest) // stage, steps)
+    halves = (card.shared_memory // 2 - rest) // stage
+    stages = {deepest, min(deepest, 5), min(deepest, 4), min(deepest, 3), min(deepest, halves)}
+    return [replace(bare, stages=number) for number in sorted(stages) if number >= 2]
 
 
 def guess(tile: Tile, m: int, n: int, k: int, card: Card) -> float:
@@ -109,6 +139,10 @@ def guess(tile: Tile, m: int, n: int, k: int, card: Card) -> float:
     arithmetic = resident * 2 * tile.m * tile.n * tile.k / rate
     reads = resident * (tile.m + tile.n) * tile.k * 2 / BYTES_PER_CLOCK
     wait = LATENCY / (tile.stages - 1)
-    issue = STEP + resident * (tile.m + tile.n) * tile.k * 2 / (ISSUED * min(4, tile.warps))
+    issued = resident * (tile.m + tile.n) * tile.k * 2 / (ISSUED * min(4, tile.warps))
+    issue = STEP + (issued if tile.form == PLAIN else 0.0)
     step = max(arithmetic, reads, wait) + issue + wait / 20
-    return waves * (PROGRAM_START + -(-k // tile.k) * step)
+    steps = waves * -(-k // tile.k) * step
+    if tile.form in NEXT_TILE:
+        return PROGRAM_START + (waves - 1) * NEXT_TILE[tile.form] + steps
+    return waves * PROGRAM_START + steps

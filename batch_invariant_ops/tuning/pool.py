@@ -7,7 +7,8 @@ import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple
 
-from batch_invariant_ops.tiles import Tile
+from batch_invariant_ops.ops import matmul
+from batch_invariant_ops.tiles import PLAIN, Tile
 from batch_invariant_ops.tuning.candidates import Card
 from batch_invariant_ops.tuning.child import Child, Gone
 from batch_invariant_ops.tuning.search import Point
@@ -107,4 +108,6 @@ class Pool:
 
 def _kernel(point: Point, tile: Tile) -> Kernel:
     """What Triton compiles anew for: points that agree in it share a kernel."""
+    if tile.form != PLAIN and matmul.copies(point.n, point.k):
+        return tile, True, True, True, False
     return tile, point.n % 16 == 0, point.k % 16 == 0, point.k % tile.k == 0, point.n * point.k >= 2**31

@@ -1,6 +1,6 @@
 """A card that is not there, for the tests of tuning: it injects times and faults, all else is the command's own."""
 
-from batch_invariant_ops.tiles import SAFE
+from batch_invariant_ops.tiles import FORMS, SAFE
 from batch_invariant_ops.tuning.candidates import Card
 from batch_invariant_ops.tuning.search import OtherBits, Unfit
 
@@ -13,7 +13,7 @@ def cost(tile, m):
         return 1000.0
     best = min(128, max(16, m))
     off = abs(tile.m.bit_length() - best.bit_length()) + abs(tile.n - 64) / 64 + abs(tile.k - 64) / 64 + tile.swap
-    return 10 + off + tile.warps / 8 + tile.stages / 32 + tile.group / 1024
+    return 10 + off + tile.warps / 8 + tile.stages / 32 + tile.group / 1024 + FORMS.index(tile.form) / 8192
 
 
 class Bench:

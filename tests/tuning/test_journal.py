@@ -1,6 +1,7 @@
 """The journal: a run that was killed at any byte goes on, and nothing is taken from another card or version."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 
@@ -53,6 +54,14 @@ def test_a_kill_at_any_byte_loses_no_whole_line(path):
                 journal.add(point, FOUND)
         journal.close()
         assert read(path).found == dict.fromkeys(POINTS, FOUND), size
+
+
+def test_a_form_is_kept(path):
+    copying = replace(TILE, form="copying")
+    journal = Journal(path, FACTS)
+    journal.add(POINTS[0], Found(copying, {copying: 9.5, TILE: 10.5}))
+    journal.close()
+    assert read(path).found[POINTS[0]].best == copying != TILE
 
 
 def test_a_line_that_was_cut_off_is_said(path, caplog):

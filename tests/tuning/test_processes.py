@@ -3,12 +3,13 @@
 import os
 import sys
 import time
+from dataclasses import astuple, replace
 
 import pytest
 import torch
 
 from batch_invariant_ops.ops import matmul
-from batch_invariant_ops.tiles import SAFE, Tile
+from batch_invariant_ops.tiles import COPYING, FLATTENED, SAFE, STAYING, Tile
 from batch_invariant_ops.tuning import bench as benches
 from batch_invariant_ops.tuning.bench import Bench, Broken, OutOfMemory
 from batch_invariant_ops.tuning.candidates import Card
@@ -18,6 +19,7 @@ from batch_invariant_ops.tuning.search import OtherBits, Point, Unfit
 
 H100 = Card("NVIDIA H100 80GB HBM3", (9, 0), 132, 227 * 1024)
 SMALL = Tile(m=16, n=64, k=64, warps=4, stages=3, swap=True)
+WIDE = Tile(m=128, n=256, k=64, warps=8, stages=3)
 BROKEN = Tile(m=256, n=256, k=64, warps=16, stages=2)  # its registers do not suffice
 HANGS = Tile(m=16, n=16, k=64, warps=1, stages=2)
 POINT = Point(64, 1024, 8)
@@ -71,9 +73,9 @@ needs_triton = pytest.mark.skipif(matmul.triton is None or sys.platform != "linu
 def compiled():
     child = Child("batch_invariant_ops.tuning.compiling")
 
-    def ask(tile, k=1024, capability=(9, 0)):
-        question = {"m": 8, "n": 64, "k": k, "dtype": "bfloat16", "capability": capability}
-        return child.ask(300, tile=[tile.m, tile.n, tile.k, tile.warps, tile.stages, tile.group, tile.swap], **question)
+    def ask(tile, n=64, k=1024, capability=(9, 0)):
+        question = {"m": 8, "n": n, "k": k, "dtype": "bfloat16", "capability": capability}
+        return child.ask(300, tile=list(astuple(tile)), **question)
 
     yield ask
     child.kill()
@@ -84,6 +86,17 @@ class TestCompiling:
     def test_the_kernels_reads_are_pipelined(self, compiled):
         for tile in (SMALL, Tile(m=128, n=128, k=64, warps=4, stages=4)):
             assert compiled(tile) == {"shared": tile.shared_memory()}
+
+    @pytest.mark.parametrize("form", [COPYING, STAYING, FLATTENED])
+    def test_the_other_forms_need_no_more_than_they_say(self, compiled, form):
+        for tile in (WIDE, Tile(m=64, n=256, k=64, warps=8, stages=4), Tile(16, 64, 128, 4, 4, swap=True)):
+            tile = replace(tile, form=form)
+            pipelined = (tile.m + tile.n) * tile.k * 2 * tile.stages
+            assert pipelined < compiled(tile)["shared"] <= tile.shared_memory(), tile
+
+    @pytest.mark.parametrize("question", [{"n": 60}, {"k": 1020}, {"capability": (8, 0)}], ids=str)
+    def test_where_the_copy_engine_cannot_serve_the_plain_form_is_compiled(self, compiled, question):
+        assert compiled(replace(SMALL, form=COPYING), **question) == compiled(SMALL, **question)
 
     def test_rows_of_unknown_alignment_would_not_be(self, compiled):
         assert compiled(SMALL, k=1023)["shared"] < SMALL.shared_memory()
@@ -102,12 +115,17 @@ def test_the_number_of_rows_does_not_compile_anew():
     seen = []
     for m in (1, 7, 8, 16, 1000):
         x, w = (torch.empty(size, 1000, dtype=torch.bfloat16, device="meta") for size in (m, 64))
-        _, operands, _ = matmul._call(x[None], w.t()[None], None, x.new_empty(1, m, 64), SAFE)
+        _, _, operands, _ = matmul._call(x[None], w.t()[None], None, x.new_empty(1, m, 64), SAFE)
         seen.append([value for value in operands if isinstance(value, int)])
     without_rows = {tuple(values[1:]) for values in seen}
     assert len(without_rows) == 1 and len({values[0] for values in seen}) == 5
-    _, operands, _ = matmul._call(x.expand(2, -1, -1), w.t().expand(2, -1, -1), None, x.new_empty(2, m, 64), SAFE)
+    _, _, operands, _ = matmul._call(x.expand(2, -1, -1), w.t().expand(2, -1, -1), None, x.new_empty(2, m, 64), SAFE)
     assert [value for value in operands if isinstance(value, int)][-3:] == [64 * m, 64, 1]
+
+
+@needs_triton
+def test_nothing_of_a_shape_compiles_a_described_kernel_anew():
+    assert matmul._copying_kernel.do_not_specialize == ["M", "N", "K"]
 
 
 class TestChild:
@@ -166,6 +184,12 @@ class TestPool:
         assert len(pool._begun) == 1
         pool.ready(Point(64, 1000, 8), [SAFE], 60)
         assert len(pool._begun) == 2
+
+    def test_what_is_described_by_its_shape_shares_a_kernel_over_shapes(self, pool):
+        tile = replace(SAFE, form=STAYING)
+        for n, k in ((64, 1024), (72, 1000), (4096, 64), (60, 1024), (1000, 1020)):
+            assert pool.ready(Point(n, k, 8), [tile], 60) == ([tile], {})
+        assert len(pool._begun) == 3
 
     def test_what_is_urgent_comes_first(self, pool):
         others = [Tile(m=64, n=64, k=64, warps=4, stages=stages) for stages in range(1, 9)]

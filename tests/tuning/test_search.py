@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 from imagined_card import H100, cost
 
-from batch_invariant_ops.tiles import SAFE, Tile
-from batch_invariant_ops.tuning.candidates import ACCUMULATORS, Card, candidates
+from batch_invariant_ops.tiles import FORMS, PLAIN, SAFE, Tile
+from batch_invariant_ops.tuning.candidates import ACCUMULATORS, COPYING_FEW, Card, candidates
 from batch_invariant_ops.tuning.search import NothingRan, OtherBits, Unfit, search
 
 SHAPES = [(6144, 4096), (4096, 14336), (128256, 4096), (60, 100), (2, 2)]
@@ -37,6 +37,26 @@ class TestCandidates:
     def test_few_rows_get_flat_tiles_and_many_get_large_ones(self):
         assert {tile.m for tile in candidates(1, 4096, 4096, H100)} == {16}
         assert (128, 256) in {(tile.m, tile.n) for tile in candidates(8192, 28672, 4096, H100)}
+
+    @pytest.mark.parametrize("m", [64, 192, 512, 8192])
+    def test_many_rows_get_every_form(self, m):
+        found = candidates(m, 28672, 4096, H100)
+        assert {tile.form for tile in found} == {*FORMS}
+        for tile in found:
+            assert tile.form == PLAIN or (tile.warps % 4 == 0 and (tile.n if tile.swap else tile.m) >= 64)
+
+    @pytest.mark.parametrize("m", [1, 16, 32, 48])
+    def test_few_rows_get_few_of_the_other_forms(self, m):
+        found = [tile.form for tile in candidates(m, 6144, 4096, H100)]
+        assert 0 < sum(form != PLAIN for form in found) <= COPYING_FEW
+        assert {*found} == {"plain", "copying"}
+
+    @pytest.mark.parametrize(
+        "n, k, capability", [(60, 4096, (9, 0)), (4096, 1020, (9, 0)), (4096, 4096, (8, 0)), (4096, 4096, (8, 9))]
+    )
+    def test_where_the_copy_engine_cannot_serve_there_is_the_plain_form_alone(self, n, k, capability):
+        card = Card("a card", capability, 132, 227 * 1024)
+        assert {tile.form for tile in candidates(2048, n, k, card)} == {PLAIN}
 
 
 class TestSearch:
