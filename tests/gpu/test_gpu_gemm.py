@@ -30,15 +30,25 @@ COPIED = [
 ]
 
 
+def shared_memory():
+    return getattr(torch.cuda.get_device_properties(0), "shared_memory_per_block_optin", 99 * 1024)
+
+
+def copied(form):
+    """The tiles that are tried in each form, those that fit."""
+    made = [replace(tile, form=form) for tile in COPIED]
+    return [tile for tile in made if tile.shared_memory() <= shared_memory()]
+
+
 def every_tile():
     """The tiles of this card's tables, and of the others' that fit into its shared memory by the operands' size."""
-    limit = getattr(torch.cuda.get_device_properties(0), "shared_memory_per_block_optin", 99 * 1024)
+    limit = shared_memory()
     shipped = [tiles.parse(json.loads(path.read_text())) for path in tiles.SHIPPED.glob("*.json")]
     here = torch.cuda.get_device_capability()
     own = {tile for table in shipped if table.capability == here for tile in table.tiles()}
     others = {tile for table in shipped for tile in table.tiles() if tile.shared_memory() <= limit}
-    forms = {replace(tile, form=form) for tile in COPIED for form in tiles.FORMS}
-    return sorted(own | others | {tiles.SAFE} | {tile for tile in forms if tile.shared_memory() <= limit}, key=repr)
+    forms = {tile for form in tiles.FORMS for tile in copied(form)}
+    return sorted(own | others | {tiles.SAFE} | forms, key=repr)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
@@ -67,16 +77,16 @@ def test_every_form_gives_the_same_bits_at_every_edge(dtype, n, k):
 def test_many_tiles_a_program_have_the_fixed_tiles_bits_each_time(form):
     x, w, _ = probe(4096, 4096, 512, torch.bfloat16, GPU)
     expected = matmul.gemm(x, w.t(), tile=tiles.SAFE)
-    for tile in COPIED:
+    for tile in copied(form):
         for _ in range(20):
-            assert same_bits(matmul.gemm(x, w.t(), tile=replace(tile, form=form)), expected), tile
+            assert same_bits(matmul.gemm(x, w.t(), tile=tile), expected), tile
 
 
 @pytest.mark.parametrize("form", tiles.FORMS)
 def test_every_form_is_captured_in_a_graph(form):
     x, w, bias = probe(300, 520, 1024, torch.bfloat16, GPU, True)
     expected = matmul.gemm(x, w.t(), bias, tile=tiles.SAFE)
-    tile = replace(COPIED[0], form=form)
+    tile = copied(form)[0]
     matmul.gemm(x, w.t(), bias, tile=tile)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -91,7 +101,7 @@ def test_every_form_is_captured_in_a_graph(form):
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="no copy engine")
 def test_on_this_card_the_copy_engine_is_what_runs():
     x, w, _ = probe(8, 64, 64, torch.bfloat16, GPU)
-    kernel = matmul.warm_up(x, w.t(), tile=replace(COPIED[0], form=tiles.COPYING))
+    kernel = matmul.warm_up(x, w.t(), tile=copied(tiles.COPYING)[0])
     assert "cp.async.bulk.tensor" in kernel.asm["ptx"]
 
 
