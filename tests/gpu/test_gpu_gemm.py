@@ -98,8 +98,10 @@ def test_every_form_is_captured_in_a_graph(form):
         assert same_bits(y, expected)
 
 
-@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="no copy engine")
 def test_on_this_card_the_copy_engine_is_what_runs():
+    # asked here and not in a mark: whoever collects the tests must not use CUDA before its settings are made
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no copy engine")
     x, w, _ = probe(8, 64, 64, torch.bfloat16, GPU)
     kernel = matmul.warm_up(x, w.t(), tile=copied(tiles.COPYING)[0])
     assert "cp.async.bulk.tensor" in kernel.asm["ptx"]
