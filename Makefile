@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 PYTHON ?= $(shell requirements/find_python.sh)
 venv_python := .venv/bin/python
-sources := batch_invariant_ops vllm tests benchmarks requirements
+sources := batch_invariant_ops vllm tests benchmarks examples requirements
 # What the user named, before docker.mk fills in its own default.
 serve_model := $(or $(VLLM_MODEL),$(MODEL_NAME))
 

@@ -23,6 +23,7 @@ def harness_report():
         draw = random.Random(7)
         differences = [draw.uniform(1e-4, 3e-2) for _ in range(changed)] + [0.0] * (48 - changed)
         divergence = {"request": 3, "prompt_id": 1, "token_index": 9, "token_a": " abc", "token_b": "<script>"}
+        divergence |= {"what": "token", "character": None, "ulps": None}
         return {
             "schema": 1,
             "url": "http://127.0.0.1:8000",
@@ -34,6 +35,7 @@ def harness_report():
             "max_tokens": 32,
             "seed": 0,
             "verdict": verdict,
+            "answered": 48,
             "reason": "",
             "text_variants": 1,
             "token_variants": 1 + (changed > 0),

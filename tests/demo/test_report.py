@@ -5,7 +5,11 @@ import xml.etree.ElementTree as ET
 
 import pytest
 from demo import OURS, PLAIN, judge
-from determinism.report import render
+from determinism import report
+
+
+def render(verdict, results) -> str:
+    return report.render(verdict, {name: [result] for name, result in results.items()}, "how it was done")
 
 
 @pytest.fixture
@@ -21,7 +25,7 @@ def test_report_needs_no_other_file(page):
 def test_report_says_verdict_and_numbers(page):
     assert "<h1>PASS</h1>" in page
     for cell in ("0 of 48", "48 of 48", "13", "0.32.0", "logprob -1.25"):
-        assert cell in page
+        assert cell in " ".join(page.split())
 
 
 def test_report_shows_where_either_server_parted(harness_report):

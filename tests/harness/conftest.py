@@ -16,8 +16,9 @@ for folder in (ROOT / "vllm", ROOT / "tests" / "harness"):
 from fake_server import Behaviour, FakeServer, serving  # noqa: E402
 
 COMMAND = [sys.executable, str(ROOT / "vllm" / "test_determinism.py")]
-SHORT = ("--requests", "100", "--concurrency", "10", "--max-tokens", "8")
-ONE_PROMPT = ("--prompt", "one river two roads", "--background", "0")
+SHORT = ("--requests", "100", "--concurrency", "10", "--max-tokens", "16")
+ONE_PROMPT_TOKENS = 64
+ONE_PROMPT = ("--prompt", "one river two roads", "--background", "0", "--max-tokens", str(ONE_PROMPT_TOKENS))
 """With this load request 0 is the probe, 1 the prompt alone, and from 2 on each is a copy under load."""
 
 

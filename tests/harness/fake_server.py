@@ -32,7 +32,7 @@ class Behaviour:
     Faults: drop, stall, truncate, not_json, error_500, busy (503, Retry-After), limited (429, Retry-After), nan, null,
     no_choice, two_choices, swap (another prompt's answer), logprob (one ulp), alternative (one ulp), token, text,
     no_logprobs, no_alternatives, die (the server is gone), restart (it is gone, and there again a moment later),
-    stream_error, stream_cut.
+    stream_error, stream_cut. A POST to /restart restarts it, too.
     """
 
     model: str = "fake"
@@ -52,6 +52,13 @@ class Behaviour:
     """Of two requests that wait, each gets the other's answer."""
     fingerprints: tuple[str, ...] = ()
     """system_fingerprint of the answers, in turn."""
+    stream_logprobs: bool = True
+    """Whether streams have logprobs and token ids where they are asked for."""
+    ignores_seed: bool = False
+    """Each answer at a temperature above 0 is another, whatever the seed."""
+    other_after_restart: bool = False
+    says_start: bool = False
+    """Whether /metrics says when the process began, which every restart changes."""
     background_fault: str | None = None
     """The fault of every request that asks for no logprobs, as other traffic does."""
     message: str = "engine died"
@@ -112,6 +119,7 @@ class FakeServer:
         self.bodies: list[dict[str, Any]] = []
         self.connections: set[Connection] = set()
         self.most_connections = 0
+        self.restarts = 0
         self.held: tuple[Connection, bytes] | None = None
         self.server: asyncio.Server | None = None
         self.port = 0
@@ -125,6 +133,7 @@ class FakeServer:
 
     def restart(self) -> None:
         """Die, and be there again on the same port."""
+        self.restarts += 1
         self.die()
         loop = asyncio.get_running_loop()
         loop.call_later(0.3, lambda: loop.create_task(self.start(self.port)))
@@ -164,6 +173,11 @@ class FakeServer:
             connection.reply(200, {})
         elif path == "/version":
             connection.reply(200, {"version": "0.0.fake"})
+        elif path == "/restart" and method == "POST":
+            connection.reply(200, {})
+            self.restart()
+        elif path == "/metrics" and behaviour.says_start:
+            connection.raw(200, f"process_start_time_seconds {self.restarts}.5e+09\n".encode(), "text/plain")
         elif path == "/v1/models" and behaviour.model_list:
             names = behaviour.models or (behaviour.model,)
             cards = [{"id": name, "object": "model", "max_model_len": behaviour.context} for name in names]
@@ -257,8 +271,13 @@ class FakeServer:
         behaviour = self.behaviour
         prompt = self.prompt(asked, chat)
         own = prompt + " swapped" if fault == "swap" else prompt
+        drawn = own
+        if asked.get("temperature"):
+            drawn += f" drawn with {self.answers if behaviour.ignores_seed else asked.get('seed')}"
+        if behaviour.other_after_restart and self.restarts:
+            drawn += " by another process"
         count = asked.get("max_tokens") or 16
-        tokens = altered(answer_tokens(own, count), fault) if not behaviour.empty else ()
+        tokens = altered(answer_tokens(drawn, count), fault) if not behaviour.empty else ()
         choice = {"index": 0, "finish_reason": "length", "stop_reason": None}
         text = "".join(WORDS[token] for token, _, _ in tokens) + ("!" if fault == "text" else "")
         choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
@@ -297,17 +316,23 @@ class FakeServer:
         whole = self.answer(asked, chat, fault)
         choice = whole["choices"][0]
         text = choice["message"]["content"] if chat else choice["text"]
-        pieces = [text[start : start + 4] for start in range(0, len(text), 4)]
+        pieces = [{"text": text[start : start + 4]} for start in range(0, len(text), 4)]
+        if self.behaviour.stream_logprobs and (choice["logprobs"] or "token_ids" in choice):
+            pieces = token_pieces(choice, text)
+        shared = {name: whole[name] for name in ("id", "system_fingerprint") if name in whole}
         events = []
         for index, piece in enumerate(pieces):
-            last = index == len(pieces) - 1
-            part = {"delta": {"content": piece}} if chat else {"text": piece}
-            part |= {"index": 0, "finish_reason": "length" if last else None}
-            events.append(json.dumps({"id": whole["id"], "choices": [part]}, ensure_ascii=False))
-        events.append(json.dumps({"id": whole["id"], "choices": [], "usage": whole["usage"]}))
+            if chat:
+                piece = {"delta": {"content": piece.pop("text")}} | piece
+            piece |= {"index": 0, "finish_reason": "length" if index == len(pieces) - 1 else None}
+            own = {"prompt_token_ids": whole.get("prompt_token_ids")} if chat and index == 0 else {}
+            events.append(json.dumps(shared | own | {"choices": [piece]}, ensure_ascii=False))
+        events.append(json.dumps(shared | {"choices": [], "usage": whole["usage"]}))
         if fault == "stream_error":
             events = [*events[:1], json.dumps({"error": {"message": "engine died", "type": "x", "code": 500}})]
         data = "".join(f"data: {event}\n\n" for event in (*events, "[DONE]")).encode()
+        if fault == "truncate":
+            data = data[: len(data) // 2]
         if fault == "stream_cut":
             connection.head(200, "text/event-stream", len(data))
             connection.transport.write(data[: len(data) // 2])
@@ -315,6 +340,23 @@ class FakeServer:
         else:
             connection.raw(200, data, "text/event-stream")
             self.answers += 1
+
+
+def token_pieces(choice: dict[str, Any], text: str) -> list[dict[str, Any]]:
+    """A choice cut into its tokens, as vLLM streams it."""
+    ids, logprobs = choice.get("token_ids"), choice["logprobs"]
+    words = [" " + word for word in text.split(" ")[1:]]
+    pieces = []
+    for index, word in enumerate(words):
+        piece: dict[str, Any] = {"text": word}
+        if ids is not None:
+            piece["token_ids"] = [ids[index]]
+        if index == 0 and "prompt_token_ids" in choice:
+            piece["prompt_token_ids"] = choice["prompt_token_ids"]
+        if logprobs is not None:
+            piece["logprobs"] = {name: values[index : index + 1] for name, values in logprobs.items()}
+        pieces.append(piece)
+    return pieces
 
 
 def completion_logprobs(tokens: tuple, as_ids: bool) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from conftest import ONE_PROMPT, SHORT
+from conftest import ONE_PROMPT, ONE_PROMPT_TOKENS, SHORT
 from determinism.compare import digests, first_difference, largest_difference, ulps
 from determinism.protocol import LEVELS, Answer
 from fake_server import WORDS, answer_tokens
@@ -25,14 +25,14 @@ def failed(serve, harness, tmp_path, fault: str, *options: str):
 
 def test_a_token_that_differs_is_named_with_its_text(serve, harness, tmp_path):
     text, content = failed(serve, harness, tmp_path, "token")
-    token, logprob, _ = answer_tokens(PROMPT, 8)[-1]
+    token, logprob, _ = answer_tokens(PROMPT, ONE_PROMPT_TOKENS)[-1]
     other = (token + 1) % 1000
     assert "First difference: request 41 (prompt 1, 4 tokens)" in text
-    assert "token index:  7, in the token" in text
+    assert "token index:  63, in the token" in text
     assert f"alone:        token {token} ({WORDS[token]!r}), logprob {logprob!r}" in text
     assert f"under load:   token {other} ({WORDS[other]!r}), logprob {logprob!r}" in text
     [found] = content["divergences"]
-    assert (found["request"], found["token_index"], found["token_a"], found["token_b"]) == (41, 7, token, other)
+    assert (found["request"], found["token_index"], found["token_a"], found["token_b"]) == (41, 63, token, other)
     assert (content["token_variants"], content["logprob_variants"], content["identical_to_solo"]) == (2, 2, 99)
 
 
@@ -40,7 +40,7 @@ def test_a_logprob_that_differs_in_its_last_bit_is_found(serve, harness, tmp_pat
     text, content = failed(serve, harness, tmp_path, "logprob")
     [found] = content["divergences"]
     assert (found["what"], found["token_a"], found["ulps"]) == ("logprob", found["token_b"], 1)
-    assert found["logprob_a"] == answer_tokens(PROMPT, 8)[-1][1] != found["logprob_b"]
+    assert found["logprob_a"] == answer_tokens(PROMPT, ONE_PROMPT_TOKENS)[-1][1] != found["logprob_b"]
     assert ", 1 float32 ulps" in text
     assert (content["token_variants"], content["logprob_variants"]) == (1, 2)
 
@@ -53,7 +53,7 @@ def test_an_alternatives_logprob_that_differs_is_found(serve, harness, tmp_path)
 
 def test_a_text_that_differs_is_told_by_its_characters(serve, harness, tmp_path):
     text, content = failed(serve, harness, tmp_path, "text", "--level", "text")
-    length = sum(len(WORDS[token]) for token, _, _ in answer_tokens(PROMPT, 8))
+    length = sum(len(WORDS[token]) for token, _, _ in answer_tokens(PROMPT, ONE_PROMPT_TOKENS))
     assert f"in the text, after {length} equal characters" in text
     assert content["divergences"][0]["character"] == length
 

@@ -23,7 +23,7 @@ def test_the_json_report_holds_all_that_the_run_saw(serve, harness, tmp_path):
         "levels_offered": ["text", "tokens", "logprobs"],
         "requests": 100,
         "concurrency": 10,
-        "max_tokens": 8,
+        "max_tokens": 16,
         "seed": 3,
         "verdict": "pass",
         "partial": False,

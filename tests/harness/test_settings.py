@@ -146,7 +146,9 @@ def test_prompts_come_from_a_text_file_a_line_each(serve, harness, tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffone\r\n\r\ntwo ünder\n   \none\n".encode())
     server = serve()
-    assert harness(server, *SHORT, "--background", "0", "--prompt-file", str(path)).returncode == 0
+    assert (
+        harness(server, *SHORT, "--max-tokens", "64", "--background", "0", "--prompt-file", str(path)).returncode == 0
+    )
     assert prompts_sent(server) == {"one", "two ünder"}
 
 
@@ -154,7 +156,9 @@ def test_prompts_come_from_json_lines_and_from_the_command_line_together(serve, 
     path = tmp_path / "prompts.jsonl"
     path.write_text('"one\\ntwo"\n{"prompt": "three", "id": 3}\n')
     server = serve()
-    done = harness(server, *SHORT, "--background", "0", "--prompt-file", str(path), "--prompt", "four")
+    done = harness(
+        server, *SHORT, "--max-tokens", "64", "--background", "0", "--prompt-file", str(path), "--prompt", "four"
+    )
     assert done.returncode == 0
     assert prompts_sent(server) == {"one\ntwo", "three", "four"}
 

@@ -26,7 +26,7 @@ def shape(requests: int, concurrency: int) -> str:
 
 @pytest.mark.parametrize(("requests", "concurrency"), [(100, 10), (105, 25), (120, 500)])
 def test_a_pass_begins_with_exactly_the_fixed_shape(serve, harness, requests, concurrency):
-    done = harness(serve(), "--requests", str(requests), "--concurrency", str(concurrency), "--max-tokens", "8")
+    done = harness(serve(), "--requests", str(requests), "--concurrency", str(concurrency), "--max-tokens", "16")
     assert done.returncode == 0
     assert done.stdout.startswith(shape(requests, concurrency))
     assert done.stdout.removeprefix(shape(requests, concurrency)).startswith("\nDetails:\n")

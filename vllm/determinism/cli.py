@@ -1,14 +1,17 @@
 """The command line: from arguments to settings to one run, its output and its exit status."""
 
 import argparse
+import importlib.util
 import json
+import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlsplit
 
-from . import records_cli
+from . import modes, records_cli
 from .errors import EXIT_READER_GONE, UsageError
 from .files import check_writable
 from .output import Screen
@@ -30,6 +33,7 @@ examples:
   python vllm/test_determinism.py --requests 400 --concurrency 128
   python vllm/test_determinism.py --prompt "What is the capital of France?" --prompt "Write a haiku."
   python vllm/test_determinism.py --url http://gpu:8000 --control-url http://gpu:8001 --json result.json
+  python vllm/test_determinism.py --mode all --restart-command "docker restart vllm" --minutes 10 --report report.html
   VLLM_API_KEY=... python vllm/test_determinism.py --url https://example.com --model my-model --junit result.xml
 
 exit status:
@@ -39,6 +43,16 @@ exit status:
   3  inconclusive: nothing differs, and it could not be shown that a difference would have been seen
   130  interrupted; partial results are printed
 """
+
+MODES_TEXT = "\n".join(
+    [
+        *(
+            f"{name:<9}{mode.summary}{f' (needs {mode.needs})' if mode.needs else ''}"
+            for name, mode in modes.MODES.items()
+        ),
+        f"{modes.ALL:<9}Each of them in turn that has what it needs",
+    ]
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,14 +83,27 @@ def seed(text: str) -> int:
     return value
 
 
-def duration(text: str) -> float:
+def real(text: str, is_valid: Callable[[float], bool], valid: str) -> float:
+    """A number that is as it should be; `valid` says how that is."""
     try:
         value = float(text)
     except ValueError:
-        value = 0.0
-    if not 0 < value <= 1_000_000:
-        raise argparse.ArgumentTypeError(f"{text!r} is not valid: a number of seconds above 0 is needed")
+        value = math.nan
+    if not is_valid(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid: a number {valid} is needed")
     return value
+
+
+def minutes(text: str) -> float:
+    return real(text, lambda value: 0 < value <= 100_000, "of minutes above 0")
+
+
+def probability(text: str) -> float:
+    return real(text, lambda value: 0 <= value < 1, "from 0 to below 1")
+
+
+def duration(text: str) -> float:
+    return real(text, lambda value: 0 < value <= 1_000_000, "of seconds above 0")
 
 
 def base_url(text: str) -> str:
@@ -134,7 +161,17 @@ def parser() -> Parser:
         "--prompt-file", metavar="FILE", help='a prompt a line, or .jsonl with a string or {"prompt": "..."} a line'
     )
     load.add_argument("--max-tokens", type=whole, default=64, metavar="N", help="of each answer (default: 64)")
+    load.add_argument(
+        "--only",
+        type=whole,
+        metavar="P",
+        help="ask the P-th of the prompts alone, as the line that repeats a part does",
+    )
     load.add_argument("--seed", type=seed, default=0, help="of prompts, order and other traffic (default: 0)")
+    mode = found.add_argument_group("modes", MODES_TEXT)
+    mode.add_argument("--mode", choices=(*modes.MODES, modes.ALL), default="mixed", help="(default: mixed)")
+    mode.add_argument("--restart-command", metavar="CMD", help="restarts the server; run by the shell in mode restart")
+    mode.add_argument("--minutes", type=minutes, metavar="M", help="how long mode soak goes on")
     judging = found.add_argument_group("the judgement")
     judging.add_argument(
         "--level", choices=LEVELS, help="what to compare (default: the strictest that the server offers)"
@@ -145,12 +182,23 @@ def parser() -> Parser:
         metavar="URL",
         help="a plain server of the same model: it gets the same load and must be caught, or a pass is inconclusive",
     )
+    judging.add_argument(
+        "--min-power",
+        type=probability,
+        default=0.9,
+        metavar="P",
+        help="without a control, a pass is inconclusive where the load would have caught a plain server with a smaller"
+        " probability than this, by estimate (default: 0.9; 0 for none)",
+    )
     records_cli.add_arguments(found)
     output = found.add_argument_group("output")
     output.add_argument(
         "--json", metavar="FILE", help="write everything as JSON (- for stdout; the text is on stderr then)"
     )
     output.add_argument("--junit", metavar="FILE", help="write JUnit XML for a CI")
+    output.add_argument(
+        "--report", metavar="FILE", help="write a page with pictures (HTML; needs `pip install matplotlib jinja2`)"
+    )
     output.add_argument("--quiet", action="store_true", help="print the verdict alone")
     output.add_argument("--no-color", action="store_true", help="no colours on a terminal, as with NO_COLOR")
     return found
@@ -211,15 +259,17 @@ def settings(arguments: argparse.Namespace, environment: dict[str, str]) -> Sett
     key = arguments.api_key if arguments.api_key is not None else environment.get("VLLM_API_KEY")
     if key and not (key.isascii() and key.isprintable()):
         raise UsageError("--api-key", "...", "printable ASCII characters are needed")
-    for name, path in (("--json", arguments.json), ("--junit", arguments.junit)):
+    for name, path in (("--json", arguments.json), ("--junit", arguments.junit), ("--report", arguments.report)):
         check_writable(name, path)
     if arguments.json == "-" == arguments.junit:
         raise UsageError("--junit", "-", "stdout is taken by --json; a file is needed")
+    if arguments.report is not None:
+        check_report(arguments.report)
 
     def target(url: str) -> Target:
         return Target(url, key or None, arguments.timeout, arguments.retries)
 
-    return Settings(
+    found = Settings(
         target=target(arguments.url or default_url(environment)),
         requests=arguments.requests,
         concurrency=arguments.concurrency,
@@ -231,7 +281,27 @@ def settings(arguments: argparse.Namespace, environment: dict[str, str]) -> Sett
         prompts=read_prompts(arguments),
         background=arguments.background,
         control=target(arguments.control_url) if arguments.control_url else None,
+        mode=arguments.mode,
+        only=arguments.only,
+        minutes=arguments.minutes,
+        restart_command=arguments.restart_command,
+        least_power=arguments.min_power,
     )
+    modes.chosen(found)
+    return found
+
+
+def check_report(path: str) -> None:
+    """Refuse a report that could not be written after a long run.
+
+    Raises:
+        UsageError: it is no file, or what draws it is not installed.
+    """
+    if path == "-":
+        raise UsageError("--report", path, "a file is needed")
+    missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError("--report", path, f"`pip install {' '.join(missing)}` is needed for it")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -248,7 +318,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if records_cli.concerns(arguments):
             return records_cli.execute(arguments, found, screen)
-        return execute(found, Outputs(screen, arguments.json, arguments.junit))
+        command = tuple(sys.argv[1:] if argv is None else argv)
+        return execute(found, Outputs(screen, arguments.json, arguments.junit, arguments.report, command))
     except BrokenPipeError:  # `| head -1`: nobody reads any more, and the interpreter must not try again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), screen.stream.fileno())
         return EXIT_READER_GONE

@@ -21,6 +21,7 @@ import httpx
 from .errors import Refused, RequestFailed, Unreachable
 from .protocol import Answer, Dialect, Request, body, error_message, load, parse
 from .settings import Target
+from .stream import parse_stream
 from .wire import Wire, direct, within
 
 COME_BACK_LATER = (429, 502, 503, 504)
@@ -63,11 +64,13 @@ class Server:
 
     async def reachable(self) -> bool:
         """Whether anything at all answers HTTP at the address."""
-        lane = self.lane()
+        lane = Lane(self, self._tls, trust_env=self._host not in LOOPBACK)
         try:
             await lane.http.get("/health", timeout=min(10.0, self.target.timeout_s))
         except httpx.HTTPError:
             return False
+        finally:
+            await lane.close()
         return True
 
 
@@ -105,7 +108,7 @@ class Lane:
         started = time.perf_counter()
         response = await self.post(dialect.path, content)
         seconds = time.perf_counter() - started
-        answer = parse(dialect, response)
+        answer = (parse_stream if request.stream else parse)(dialect, response)
         answer.seconds = seconds
         return answer
 

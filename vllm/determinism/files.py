@@ -20,7 +20,7 @@ SCHEMA = 1
 
 
 def report(
-    settings: Settings, target: Target, offer: Offer, tally: Tally, verdict: Verdict, counters: Counters
+    mode: str, settings: Settings, target: Target, offer: Offer, tally: Tally, verdict: Verdict, counters: Counters
 ) -> dict[str, Any]:
     """The JSON report of one server, without its control; counts and seconds are as `Tally` has them."""
     return {
@@ -33,10 +33,12 @@ def report(
         "concurrency": settings.concurrency,
         "max_tokens": settings.max_tokens,
         "seed": settings.seed,
+        "mode": mode,
         "verdict": verdict.kind,
         "reason": verdict.reason,
         "partial": verdict.partial,
         "answered": tally.answered,
+        "others": tally.others,
         "failed": tally.failed,
         "failures": [{"request": number, "kind": e.kind, "message": str(e)} for number, e in tally.failures],
         "text_variants": tally.variants("text"),
@@ -54,7 +56,24 @@ def report(
         "latencies": {"solo": tally.solo_latencies, "loaded": tally.loaded_latencies},
         "prompts": [of_prompt(prompt) for prompt in tally.prompts],
         "control": None,
+        "power": None,
+        "repeat": None,
         "server": {"version": offer.version, "system_fingerprint": offer.fingerprint},
+    }
+
+
+def report_of_all(verdict: Verdict, parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The JSON report of several modes, each as `report` has it."""
+    return {
+        "schema": SCHEMA,
+        "mode": "all",
+        "url": parts[0]["url"],
+        "model": parts[0]["model"],
+        "verdict": verdict.kind,
+        "reason": verdict.reason,
+        "partial": verdict.partial,
+        "server": parts[0]["server"],
+        "modes": parts,
     }
 
 
@@ -118,7 +137,15 @@ def finite(value: Any) -> Any:
 
 
 def write_junit(path: str, content: dict[str, Any]) -> None:
-    """One test case a prompt, one for the whole, one for the control. An inconclusive run is an error, never a pass."""
+    """A suite a mode; in it a test case a prompt, one for the whole, one for the control. An inconclusive run is an
+    error, never a pass."""
+    root = ET.Element("testsuites")
+    for part in content.get("modes", [content]):
+        root.append(suite_of(part))
+    write(path, '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n")
+
+
+def suite_of(content: dict[str, Any]) -> ET.Element:
     cases: list[tuple[str, float, tuple[str, str] | None]] = []
     for prompt in content["prompts"]:
         problem = None
@@ -137,17 +164,17 @@ def write_junit(path: str, content: dict[str, Any]) -> None:
     cases.append(("the server is deterministic", seconds, (kind, content["reason"]) if kind else None))
 
     count = {"failure": 0, "error": 0}
-    suite = ET.Element("testsuite", name="determinism", tests=str(len(cases)), time=f"{seconds:.3f}")
-    for name, duration, problem in cases:
-        case = ET.SubElement(suite, "testcase", classname="determinism", name=name, time=f"{duration:.3f}")
+    # The load that is tested where no mode is named keeps the name that it always had.
+    name = "determinism" if content["mode"] == "mixed" else f"determinism.{content['mode']}"
+    suite = ET.Element("testsuite", name=name, tests=str(len(cases)), time=f"{seconds:.3f}")
+    for case_name, duration, problem in cases:
+        case = ET.SubElement(suite, "testcase", classname=name, name=case_name, time=f"{duration:.3f}")
         if problem is not None:
             count[problem[0]] += 1
             ET.SubElement(case, problem[0], message=printable(problem[1]))
     suite.set("failures", str(count["failure"]))
     suite.set("errors", str(count["error"]))
-    root = ET.Element("testsuites")
-    root.append(suite)
-    write(path, '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n")
+    return suite
 
 
 def printable(text: str) -> str:

@@ -8,7 +8,9 @@ from typing import Any, TextIO
 
 from .client import Counters
 from .compare import Divergence
+from .power import Power
 from .probe import Offer
+from .settings import Settings
 from .tally import Tally
 from .verdict import Verdict
 
@@ -44,9 +46,10 @@ class Screen:
     def alone(self, done: int, total: int) -> None:
         self.unfinished(f"Each prompt alone: {done}/{total}" if done < total else "")
 
-    def begin(self, requests: int, concurrency: int) -> None:
+    def begin(self, settings: Settings, endless: bool) -> None:
         if not self.quiet:
-            self.line(f"Testing determinism with {requests} requests ({concurrency} concurrent)")
+            load = f"for {settings.minutes:g} minutes" if endless else f"with {settings.requests} requests"
+            self.line(f"Testing determinism {load} ({settings.concurrency} concurrent)")
 
     def answered(self, batch: int, done: int, size: int, failed: int) -> None:
         if self.quiet:
@@ -65,17 +68,19 @@ class Silent:
         self.title = title
         self.screen = Screen(stream or sys.stderr)
         self.total = 0
-        self.concurrency = 1
+        self.size = 1
 
     def alone(self, done: int, total: int) -> None:
         self.screen.unfinished(f"{self.title}: each prompt alone, {done}/{total}")
 
-    def begin(self, requests: int, concurrency: int) -> None:
-        self.total, self.concurrency = requests, concurrency
+    def begin(self, settings: Settings, endless: bool) -> None:
+        self.total = 0 if endless else settings.requests
+        self.size = settings.requests if endless else settings.concurrency
 
     def answered(self, batch: int, done: int, size: int, failed: int) -> None:
-        count = (batch - 1) * self.concurrency + done
-        self.screen.unfinished(f"{self.title}: {count}/{self.total}" if count < self.total else "")
+        count = (batch - 1) * self.size + done
+        of = f"/{self.total}" if self.total else ""
+        self.screen.unfinished("" if count == self.total else f"{self.title}: {count}{of}")
 
 
 def token(value: int | str | None) -> str:
@@ -112,7 +117,8 @@ def of_what(found: Divergence) -> str:
     return "logprob of an alternative token" if found.what == "alternatives" else found.what
 
 
-def print_results(screen: Screen, tally: Tally, verdict: Verdict, words: dict[int, str]) -> None:
+def print_results(screen: Screen, tally: Tally, verdict: Verdict, words: dict[int, str], repeat: str) -> None:
+    """The part of the fixed shape, and where the first answer parts; `repeat` is the command that asks that again."""
     if screen.quiet:
         print_verdict(screen, verdict)
         return
@@ -120,12 +126,13 @@ def print_results(screen: Screen, tally: Tally, verdict: Verdict, words: dict[in
     screen.line()
     screen.line("Results:")
     partial = f" of {tally.planned} (partial)" if verdict.partial else ""
-    screen.line(f"  Total requests: {tally.answered + tally.failed}{partial}")
+    screen.line(f"  Total requests: {tally.seen}{partial}")
     screen.line(f"  Unique outputs: {tally.unique_outputs}")
     screen.line()
     print_verdict(screen, verdict)
     if (first := tally.first()) is not None:
         print_difference(screen, tally, first, words)
+        screen.line(f"  to repeat it: {repeat}")
 
 
 def print_verdict(screen: Screen, verdict: Verdict) -> None:
@@ -166,6 +173,8 @@ def print_details(screen: Screen, tally: Tally, offer: Offer, counters: Counters
     for level in ("text", "tokens", "logprobs"):
         row(f"{level.removesuffix('s').capitalize()} variants", count(level))
     row("Identical to solo", f"{tally.identical} of {tally.answered}")
+    if tally.others:
+        row("Among others", f"{tally.others} requests that are not compared")
     if tally.logprob_differences:
         row("Largest difference", f"{max(tally.logprob_differences):.3g} between logprobs under load and alone")
     busy = f"{counters.retried_busy} answers to come back later"
@@ -175,15 +184,35 @@ def print_details(screen: Screen, tally: Tally, offer: Offer, counters: Counters
     row("Under load", f"{tally.loaded_seconds:.1f} s; {seconds(tally.loaded_latencies)}")
 
 
-def print_control(screen: Screen, control: dict[str, Any] | None) -> None:
-    """What the control showed, or that there was none."""
-    screen.line()
-    if control is None:
-        screen.line("Control: none, so it is not shown that this load would have caught a server that is not")
-        screen.line("  deterministic; --control-url takes a plain server of the same model.")
-        return
+def print_control(screen: Screen, control: dict[str, Any]) -> None:
+    """What the control showed."""
     caught = "caught" if control["verdict"] == "fail" else "NOT caught"
     same = f"{control['identical_to_solo']} of {control['answered']} answers identical to solo"
+    screen.line()
     screen.line(f"Control at {control['url']}: {caught} ({same}): {control['reason']}")
     variants = f"{control['token_variants']} token variants, {control['logprob_variants']} logprob variants"
     screen.line(f"  {variants}, {control['loaded_seconds']:.1f} s under load")
+
+
+def print_power(screen: Screen, power: Power) -> None:
+    """What a load without a control is worth, by estimate."""
+    screen.line()
+    screen.line("Control: none; --control-url takes a plain server of the same model.")
+    value = "unknown" if power.value is None else "over 0.999" if power.value > 0.999 else f"{power.value:.3f}"
+    screen.line(f"Power: {value}, the estimated probability that this load would have caught plain vLLM")
+    for line in power.explanation():
+        screen.line(f"  {line}.")
+
+
+def print_summary(screen: Screen, rows: list[tuple[str, Verdict, Tally]], verdict: Verdict) -> None:
+    """The modes side by side, and what they say together."""
+    if not screen.quiet:
+        screen.line()
+        screen.line(RULE)
+        screen.line()
+        screen.line(f"{'Mode':<10}{'Verdict':<14}{'Identical to solo':<20}Variants")
+        for name, found, tally in rows:
+            same = f"{tally.identical} of {tally.answered}"
+            screen.line(f"{name:<10}{found.kind.upper():<14}{same:<20}{tally.unique_outputs}")
+        screen.line()
+    print_verdict(screen, verdict)

@@ -135,6 +135,22 @@ async def first_taken(lane: Lane, model: str, endpoint: str) -> tuple[Dialect, A
     raise Refused(f"{lane.server.target.url} takes no form of completion request: {first_failure}")
 
 
+async def stream_level(lane: Lane, offer: Offer, level: str, wanted: str | None) -> str:
+    """The level that streamed answers can be compared at, no stricter than `level`.
+
+    Raises:
+        LevelNotOffered: the server streams no answer that can be compared, or less than the level that was asked for.
+    """
+    try:
+        answer = await lane.ask(offer.dialect, offer.model, Request(PROBE_PROMPT, max_tokens=4, stream=True))
+    except RequestFailed as error:
+        raise LevelNotOffered(f"the server gives no stream that can be compared: {error}") from None
+    offered = min(level, answer.level, key=LEVELS.index)
+    if wanted is not None and offered != wanted:
+        raise LevelNotOffered(f"--level={wanted!r} cannot be compared: the server's streams have {offered} alone")
+    return offered
+
+
 async def version(lane: Lane) -> str | None:
     """The release that a vLLM server names at /version."""
     try:

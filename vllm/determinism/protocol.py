@@ -133,7 +133,11 @@ def parse(dialect: Dialect, data: bytes) -> Answer:
     Raises:
         RequestFailed: malformed, an error object, not exactly one choice, or a logprob that is no number.
     """
-    content = load(data)
+    return answer_in(dialect, load(data))
+
+
+def answer_in(dialect: Dialect, content: dict[str, Any]) -> Answer:
+    """The answer in the JSON object of a whole response; raises what `parse` does."""
     if (message := error_message(content)) is not None:
         raise RequestFailed("http", f"the server answered with an error: {message}")
     choices = content.get("choices")

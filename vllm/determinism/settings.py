@@ -35,6 +35,15 @@ class Settings:
     background: int | None = None
     """Streams of other traffic beside the measured requests."""
     control: Target | None = None
+    mode: str = "mixed"
+    only: int | None = None
+    """The one prompt to ask, counted from 1."""
+    minutes: float | None = None
+    """How long the mode soak goes on."""
+    restart_command: str | None = None
+    """What restarts the server, for the mode restart."""
+    least_power: float = 0.9
+    """A pass without a control stands from this estimate on; see power.py."""
 
     @property
     def background_streams(self) -> int:

@@ -51,6 +51,10 @@ class Tally:
     loaded_latencies: list[float] = field(default_factory=list)
     solo_seconds: float = 0.0
     loaded_seconds: float = 0.0
+    others: int = 0
+    """Requests among the copies that are not compared."""
+    other_seconds: float = 0.0
+    """Seconds of all requests under load that are not compared, added up."""
     background_requests: int = 0
     background_failed: int = 0
     response_ids: set[str] = field(default_factory=set)
@@ -94,6 +98,11 @@ class Tally:
             if parted is not None:
                 self.divergences.append(parted)
 
+    def add_other(self, answer: Answer) -> None:
+        """An answer to a request among the copies that is not compared."""
+        self.others += 1
+        self.other_seconds += answer.seconds
+
     def add_failure(self, request: int, error: RequestFailed) -> None:
         self.failed += 1
         if len(self.failures) < KEPT:
@@ -102,7 +111,7 @@ class Tally:
     def _check(self, answer: Answer, alone: Answer | None = None) -> None:
         if LEVELS.index(answer.level) < LEVELS.index(self.level):
             raise RequestFailed("malformed", f"an answer without {self.level}, which the server gave before")
-        if alone is not None and (answer.prompt_ids, answer.prompt_tokens) != (alone.prompt_ids, alone.prompt_tokens):
+        if alone is not None and of_another_prompt(answer, alone):
             raise RequestFailed("replaced", "an answer to another prompt than the one that was sent")
         if answer.fingerprint is not None:
             self.fingerprints.add(answer.fingerprint)
@@ -114,6 +123,11 @@ class Tally:
         """The largest number of distinct outputs that any one prompt gave; None where the level is not offered."""
         numbers = [number for prompt in self.prompts if (number := prompt.variants(level)) is not None]
         return max(numbers, default=None)
+
+    @property
+    def seen(self) -> int:
+        """Requests of the load that were answered or failed."""
+        return self.answered + self.others + self.failed
 
     @property
     def identical(self) -> int:
@@ -131,3 +145,9 @@ class Tally:
     def first(self) -> Divergence | None:
         """The divergence of the earliest request."""
         return min(self.divergences, key=lambda found: found.request, default=None)
+
+
+def of_another_prompt(answer: Answer, alone: Answer) -> bool:
+    """Whether the two are known to be of different prompts; a server may say less of its prompt in a stream."""
+    pairs = (answer.prompt_ids, alone.prompt_ids), (answer.prompt_tokens, alone.prompt_tokens)
+    return any(None not in pair and pair[0] != pair[1] for pair in pairs)

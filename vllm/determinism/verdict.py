@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from .errors import EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_INTERRUPTED, EXIT_PASS, HarnessError
+from .power import Power
 from .tally import Tally
 
 KINDS = {
@@ -34,8 +35,8 @@ def judge(tally: Tally) -> Verdict:
     if tally.diverged or tally.unique_outputs > 1:
         share = f"{tally.diverged} of {tally.answered} answers under load differ from the same prompt alone"
         return Verdict("fail", f"{share}, at the level of {tally.level}", EXIT_FAIL)
-    if tally.answered < tally.planned:
-        return inconclusive(f"only {tally.answered} of {tally.planned} requests were sent", partial=True)
+    if tally.seen < tally.planned or not tally.answered:
+        return inconclusive(f"only {tally.seen} of {tally.planned} requests were sent", partial=True)
     if not tally.compared_tokens:
         return inconclusive("every answer is empty, so nothing was compared")
     if tally.repeated_ids:
@@ -82,6 +83,39 @@ def with_control(verdict: Verdict, control: Verdict | None, level: str) -> Verdi
     return verdict
 
 
+def together(found: dict[str, Verdict], planned: int) -> Verdict:
+    """One verdict on several modes: a failure of any is a failure, and a pass needs every one."""
+    failed = [name for name, verdict in found.items() if verdict.kind == "fail"]
+    open_ = [name for name, verdict in found.items() if verdict.kind == "inconclusive"]
+    partial = len(found) < planned or any(verdict.partial for verdict in found.values())
+    if failed:
+        worst = found[failed[0]]
+        codes = {found[name].exit_code for name in failed}
+        status = EXIT_INTERRUPTED if EXIT_INTERRUPTED in codes else EXIT_FAIL
+        return Verdict("fail", f"mode {', '.join(failed)}: {worst.reason}", status, partial)
+    if open_:
+        worst = found[open_[-1]]
+        return Verdict("inconclusive", f"mode {', '.join(open_)}: {worst.reason}", worst.exit_code, partial)
+    return Verdict("pass", f"every answer is the same in each of {len(found)} modes", EXIT_PASS)
+
+
+def with_power(verdict: Verdict, power: Power, least: float) -> Verdict:
+    """A pass without a control stands only where the load was likely enough to catch a server that is not sound."""
+    if verdict.kind != "pass" or least <= 0:
+        return verdict
+    if power.value is None:
+        return inconclusive(
+            f"nothing differs in {power.level}, but without logprobs it cannot be estimated whether a difference would"
+            " have been seen; --control-url takes a plain server of the same model"
+        )
+    if power.value < least:
+        return inconclusive(
+            f"nothing differs, but this load would have caught a plain server with a probability of {power.value:.2f}"
+            f" only, by estimate; more or longer answers, more at a time or --control-url give more"
+        )
+    return verdict
+
+
 def judge_control(tally: Tally, ended: BaseException | None) -> Verdict:
     """The control's verdict: it has failed only if its answers differ; a control that breaks shows nothing."""
     if tally.diverged:
@@ -98,7 +132,7 @@ def cut_short(tally: Tally, error: BaseException) -> Verdict:
         exit_code, why = error.exit_code, str(error)
     else:
         exit_code, why = EXIT_INTERRUPTED, "interrupted"
-    why = f"{why}; partial results: {tally.answered} of {tally.planned} requests were answered"
+    why = f"{why}; partial results: {tally.seen - tally.failed} of {tally.planned} requests were answered"
     if tally.diverged:
         exit_code = EXIT_INTERRUPTED if exit_code == EXIT_INTERRUPTED else EXIT_FAIL
         return Verdict("fail", f"{why}, {tally.diverged} of them other than alone", exit_code, partial=True)
