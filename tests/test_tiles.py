@@ -11,6 +11,8 @@ from batch_invariant_ops import tiles
 from batch_invariant_ops.tiles import NO_LIMIT, SAFE, Table, Tile
 
 SHARED_MEMORY = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
+NAMELESS = "NVIDIA H1"
+"""A card for whose name no table is shipped."""
 TABLES = sorted(tiles.SHIPPED.glob("*.json"))
 OTHER = Tile(m=16, n=32, k=64, warps=4, stages=2)
 
@@ -104,8 +106,8 @@ def test_anothers_table_is_not_taken():
     ],
 )
 def test_a_damaged_table_is_ignored_with_one_line(text, said, caplog):
-    path = keep("NVIDIA H100 80GB HBM3", text)
-    tile = tiles.choose(1, 8, 8, torch.bfloat16, "NVIDIA H100 80GB HBM3", (9, 0))
+    path = keep(NAMELESS, text)
+    tile = tiles.choose(1, 8, 8, torch.bfloat16, NAMELESS, (9, 0))
     assert tile == tiles.table_of("NVIDIA H200", (9, 0)).tile(1, 8, 8)
     (record,) = [r for r in caplog.records if r.levelno >= logging.WARNING]
     assert str(path) in record.message and said in record.message
