@@ -10,7 +10,6 @@ seen not to matter.
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -271,13 +270,13 @@ Call = tuple[Any, tuple[int, int], tuple[Any, ...], dict[str, Any]]
 
 def _call(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, c: torch.Tensor, tile: Tile) -> Call:
     """What computes c [Z, M, N] of a [Z, M, K] and b [Z, K, N]: in the tile's form, or with pointers if need be."""
-    if tile.form == PLAIN:
-        return _by_pointers(a, b, bias, c, tile)
-    if a.itemsize != 2:  # its stages were counted for 16-bit operands
-        return _by_pointers(a, b, bias, c, tiles.FP32)
-    if a.shape[0] == 1 and _has_copy_engine(a.device) and all(map(_copies, (a[0], b[0].t(), c[0]))):
-        return _by_copies(a[0], b[0].t(), bias, c[0], tile)
-    return _by_pointers(a, b, bias, c, replace(tile, form=PLAIN))
+    if tile.form != PLAIN and a.itemsize != 2:
+        tile = tiles.FP32  # the other's stages were counted for 16-bit operands
+    if tile.form != PLAIN and a.shape[0] == 1 and _has_copy_engine(a.device):
+        x, w, y = a[0], b[0].t(), c[0]
+        if _copies(x) and _copies(w) and _copies(y):
+            return _by_copies(x, w, bias, y, tile)
+    return _by_pointers(a, b, bias, c, tile)
 
 
 def _by_pointers(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, c: torch.Tensor, tile: Tile) -> Call:
