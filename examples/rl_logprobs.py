@@ -24,7 +24,6 @@ import json
 import logging
 import math
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -35,8 +34,8 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "vllm"), str(ROOT)]
 
-from demo import CPU, FOLDER, OURS, PLAIN, START_SECONDS, interrupt, make_model, say, scale, server_env  # noqa: E402
-from local_server import Failure, Programs, free_port, wait_until_ready  # noqa: E402
+from demo import CPU, FOLDER, OURS, PLAIN, START_SECONDS, make_model, say, scale, server_env  # noqa: E402
+from local_server import Failure, Programs, free_port, run_command, wait_until_ready  # noqa: E402
 
 PROMPTS = (
     "What is the capital of France?",
@@ -243,16 +242,7 @@ def run(settings: argparse.Namespace) -> int:
 
 def main() -> int:
     settings = read_settings()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
-    try:
-        return run(settings)
-    except (Failure, OSError, subprocess.CalledProcessError) as failure:
-        print(f"rl_logprobs: {failure}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nrl_logprobs: interrupted; its servers have ended", file=sys.stderr)
-        return 130
+    return run_command("rl_logprobs", lambda: run(settings), (Failure, OSError, subprocess.CalledProcessError))
 
 
 if __name__ == "__main__":

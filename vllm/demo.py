@@ -14,7 +14,6 @@ VLLM_PORT (default 8000) is our server's port. With BATCH_INVARIANT=0 our server
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -25,7 +24,16 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from local_server import Failure, Program, Programs, check_free, check_machine, free_port, wait_until_ready  # noqa: E402
+from local_server import (  # noqa: E402
+    Failure,
+    Program,
+    Programs,
+    check_free,
+    check_machine,
+    free_port,
+    run_command,
+    wait_until_ready,
+)
 from serve import Installed  # noqa: E402
 
 FOLDER = HERE.parent / ".demo"
@@ -284,24 +292,11 @@ def serve() -> int:
     os.execve(sys.executable, [sys.executable, str(HERE / "serve.py")], env)
 
 
-def interrupt(number: int, _frame: object) -> None:
-    raise KeyboardInterrupt(signal.Signals(number).name)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--serve", action="store_true", help="only run one server, in the foreground, for curl")
     arguments = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
-    try:
-        return serve() if arguments.serve else demo()
-    except Failure as failure:
-        print(f"demo: {failure}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ndemo: interrupted; its servers have ended", file=sys.stderr)
-        return 130
+    return run_command("demo", serve if arguments.serve else demo)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import sysconfig
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,24 @@ LIBC = ctypes.CDLL(None)  # loaded before any fork
 
 class Failure(Exception):
     """What went wrong, in the lines that the user reads."""
+
+
+def interrupt(number: int, _frame: object) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def run_command(name: str, work: Callable[[], int], failures: tuple[type[Exception], ...] = (Failure,)) -> int:
+    """A command's work; its exit status, or 2 after the line of a failure, or 130 after Ctrl-C or another signal."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+    try:
+        return work()
+    except failures as failure:
+        print(f"{name}: {failure}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; its servers have ended", file=sys.stderr)
+        return 130
 
 
 def members(session: int) -> list[int]:
