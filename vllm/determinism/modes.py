@@ -29,13 +29,8 @@ class Mixed(Workload):
     """Prompts of many lengths, with other traffic beside."""
 
 
-class Needle(Workload):
+class Needle(Same):
     """One known request, hidden at random places among random others, which are not compared."""
-
-    count = 1
-
-    def lengths(self) -> list[int]:
-        return [max(1, round(self.longest_words**0.6))]
 
     def __init__(self, settings: Settings, offer: Offer) -> None:
         super().__init__(settings, offer)

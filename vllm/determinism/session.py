@@ -114,12 +114,12 @@ async def session(settings: Settings, outputs: Outputs) -> int:
         level = compared_level(offer, settings.level)
         subject = Party(settings.target, server, offer)
         control = await open_control(stack, settings, offer, level) if settings.control is not None else None
-        for name in names:
-            modes.workload(name, settings, offer)  # what it refuses, it refuses before the first of them runs
-        for name in names:
+        # what one of them refuses, it refuses before the first of them runs
+        workloads = {name: modes.workload(name, settings, offer) for name in names}
+        for name, workload in workloads.items():
             if len(names) > 1 and not screen.quiet:
                 screen.line(f"{chr(10) if parts else ''}Mode {name}: {modes.MODES[name].summary}")
-            part = await run_mode(name, settings, subject, control, level, outputs)
+            part = await run_mode(name, workload, subject, control, level, outputs)
             ended = part.subject.ended
             if ended is not None and len(names) == 1 and not part.subject.tally.seen:
                 write(outputs, part.content)
@@ -140,10 +140,10 @@ async def session(settings: Settings, outputs: Outputs) -> int:
 
 
 async def run_mode(
-    name: str, settings: Settings, party: Party, control: Party | None, level: str, outputs: Outputs
+    name: str, workload: Workload, party: Party, control: Party | None, level: str, outputs: Outputs
 ) -> Part:
-    """One mode against the server and, where there is one, its control."""
-    workload = modes.workload(name, settings, party.offer)
+    """One mode against the server and, where there is one, its control, which gets the same load."""
+    settings = workload.settings
     subject = Side(party, settings, level, workload.endless)
     pause = None
     if name == "restart":
@@ -159,7 +159,7 @@ async def run_mode(
     power = None
     if control is not None and subject.ended is None:
         other = Side(control, settings, subject.tally.level, workload.endless)
-        await other.run(modes.workload(name, settings, party.offer), Silent("Control"))
+        await other.run(workload, Silent("Control"))
         control_verdict = judge_control(other.tally, other.ended)
         verdict = with_control(verdict, control_verdict, subject.tally.level)
         content["control"] = other.report(name, control_verdict)
