@@ -45,13 +45,13 @@ class Server:
     def __init__(self, target: Target) -> None:
         self.target = target
         self.counters = Counters()
-        self._host = urlsplit(target.url).hostname or ""
-        self._tls: ssl.SSLContext | bool = httpx.create_ssl_context() if target.url.startswith("https:") else False
+        self.trust_env = (urlsplit(target.url).hostname or "") not in LOOPBACK
+        self.tls: ssl.SSLContext | bool = httpx.create_ssl_context() if target.url.startswith("https:") else False
         self._lanes: list[Lane] = []
         allow_connections()
 
     def lane(self) -> "Lane":
-        lane = Lane(self, self._tls, trust_env=self._host not in LOOPBACK)
+        lane = Lane(self)
         self._lanes.append(lane)
         return lane
 
@@ -64,7 +64,7 @@ class Server:
 
     async def reachable(self) -> bool:
         """Whether anything at all answers HTTP at the address."""
-        lane = Lane(self, self._tls, trust_env=self._host not in LOOPBACK)
+        lane = Lane(self)
         try:
             await lane.http.get("/health", timeout=min(10.0, self.target.timeout_s))
         except httpx.HTTPError:
@@ -77,7 +77,7 @@ class Server:
 class Lane:
     """One connection, used by one request at a time."""
 
-    def __init__(self, server: Server, tls: ssl.SSLContext | bool, trust_env: bool) -> None:
+    def __init__(self, server: Server) -> None:
         self.server = server
         target = server.target
         headers = {"content-type": "application/json", "cache-control": "no-store", "accept": "*/*"}
@@ -86,9 +86,9 @@ class Lane:
         self.http = httpx.AsyncClient(
             base_url=target.url,
             headers=headers,
-            verify=tls,
-            trust_env=trust_env,
-            transport=Wire(KEEPALIVE_S) if direct(httpx.URL(target.url), trust_env) else None,
+            verify=server.tls,
+            trust_env=server.trust_env,
+            transport=Wire(KEEPALIVE_S) if direct(httpx.URL(target.url), server.trust_env) else None,
             timeout=httpx.Timeout(target.timeout_s, connect=min(10.0, target.timeout_s), pool=None),
             limits=httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=KEEPALIVE_S),
         )

@@ -14,7 +14,6 @@ from .plots import latencies, logprob_differences
 HERE = Path(__file__).resolve().parent
 Report = Mapping[str, Any]
 """One server's result in one mode, as files.report has it (schema 1)."""
-NAMES = {"pass": "PASS", "fail": "FAIL", "inconclusive": "INCONCLUSIVE"}
 SERVER, CONTROL = "server", "control"
 
 
@@ -145,7 +144,7 @@ class _Said:
     """A verdict as a JSON report has it."""
 
     def __init__(self, content: Report) -> None:
-        self.name, self.reason = NAMES[content["verdict"]], content["reason"]
+        self.name, self.reason = content["verdict"].upper(), content["reason"]
 
 
 def page(content: Report) -> str:
