@@ -13,13 +13,12 @@ share of them that was caught; one that is too small promises less than it gives
 
 import argparse
 import asyncio
-import csv
 import itertools
 import random
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,10 +29,11 @@ from determinism.client import Server  # noqa: E402
 from determinism.output import Silent  # noqa: E402
 from determinism.power import estimate  # noqa: E402
 from determinism.probe import Offer, probe  # noqa: E402
-from determinism.runner import run  # noqa: E402
+from determinism.runner import Progress, run  # noqa: E402
 from determinism.settings import Settings, Target  # noqa: E402
 from determinism.tally import Tally  # noqa: E402
 from determinism.workload import Workload, text  # noqa: E402
+from rounds import kept  # noqa: E402
 
 PROMPTS, TOKENS, CONCURRENCY = (1, 2, 4, 8), (1, 2, 4, 8, 16, 32, 64), (4, 16)
 COPIES = 4
@@ -41,38 +41,36 @@ COPIES = 4
 BOUNDS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 1.0)
 
 
-async def measure(url: str, seconds: float) -> Iterable[dict]:
+def measure(url: str, seconds: float) -> Iterator[dict]:
     """A row a run and level, for about so long."""
-    rows = []
     end = time.monotonic() + seconds
     target = Target(url)
-    async with Server(target) as server:
-        offer = await probe(server.lane(), Settings(target))
-        grid = itertools.cycle(itertools.product(PROMPTS, TOKENS, CONCURRENCY))
-        for seed, (prompts, tokens, concurrency) in enumerate(grid):
-            if time.monotonic() > end:
-                return rows
-            settings = Settings(target, prompts * COPIES, concurrency, max_tokens=tokens, seed=seed, background=2)
-            settings = replace(settings, prompts=own_prompts(settings, offer, prompts))
-            workload = Workload(settings, offer)
-            tally = Tally("logprobs", settings.requests)
-            await run(server, offer, workload, tally, Silent("power"))
-            for level in ("logprobs", "tokens"):
-                tally.level = level
-                found = estimate(tally, [workload.alone(number) for number in range(prompts)])
-                rows.append(
-                    {"prompts": prompts, "tokens": tokens, "concurrency": concurrency, "seed": seed, "level": level,
-                     "in_flight": round(found.in_flight, 2), "near_ties": found.near_ties,
-                     "estimate": found.value, "caught": int((tally.variants(level) or 1) > 1)}
-                )  # fmt: skip
-            progress(f"{len(rows) // 2} runs, {max(0, end - time.monotonic()):.0f} s left")
+    grid = itertools.cycle(itertools.product(PROMPTS, TOKENS, CONCURRENCY))
+    for seed, (prompts, tokens, concurrency) in enumerate(grid):
+        if (left := end - time.monotonic()) < 0:
+            return
+        settings = Settings(target, prompts * COPIES, concurrency, max_tokens=tokens, seed=seed, background=2)
+        yield from asyncio.run(measure_once(settings, prompts, Silent(f"{seed} runs, {left:.0f} s left")))
 
 
-def progress(text: str) -> None:
-    """A line that the next one takes the place of, on a terminal alone."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r{text} ")
-        sys.stderr.flush()
+async def measure_once(settings: Settings, prompts: int, progress: Progress) -> list[dict]:
+    """A row a level of one run with so many prompts."""
+    async with Server(settings.target) as server:
+        offer = await probe(server.lane(), settings)
+        workload = Workload(replace(settings, prompts=own_prompts(settings, offer, prompts)), offer)
+        tally = Tally("logprobs", settings.requests)
+        await run(server, offer, workload, tally, progress)
+    alone = [workload.alone(number) for number in range(prompts)]
+    rows = []
+    for level in ("logprobs", "tokens"):
+        tally.level = level
+        found = estimate(tally, alone)
+        rows.append(
+            {"prompts": prompts, "tokens": settings.max_tokens, "concurrency": settings.concurrency,
+             "seed": settings.seed, "level": level, "in_flight": round(found.in_flight, 2),
+             "near_ties": found.near_ties, "estimate": found.value, "caught": int((tally.variants(level) or 1) > 1)}
+        )  # fmt: skip
+    return rows
 
 
 def own_prompts(settings: Settings, offer: Offer, count: int) -> tuple[str, ...]:
@@ -100,11 +98,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300.0, help="about how long (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/power.csv", help="the CSV to write")
     arguments = parser.parse_args()
-    rows = list(asyncio.run(measure(arguments.url, arguments.seconds)))
-    with arguments.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    rows = list(kept(measure(arguments.url, arguments.seconds), arguments.out))
     print("\n| level | estimate | runs | mean estimate | caught |\n| --- | --- | --- | --- | --- |")
     for level, group, count, mean, caught in summary(rows):
         print(f"| {level} | {group} | {count} | {mean:.2f} | {caught:.2f} |")
