@@ -11,7 +11,7 @@ import functools
 import json
 import logging
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,7 @@ class Tile:
 SAFE = Tile(m=64, n=64, k=32, warps=4, stages=3)
 FP32 = Tile(m=64, n=64, k=32, warps=4, stages=2)
 Bands = tuple[tuple[int, Tile], ...]
+Ranges = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -116,12 +117,14 @@ class Table:
         gpu: the name of the card on which it was measured; None for a reasoned guess.
         bands: (largest M, tile), ascending, for any shape.
         shapes: the same for single (N, K).
+        faster: (first M, last M) between which our kernel took less time than the vendor's, for single (N, K).
     """
 
     capability: tuple[int, int]
     gpu: str | None
     bands: Bands
     shapes: dict[tuple[int, int], Bands]
+    faster: dict[tuple[int, int], Ranges] = field(default_factory=dict)
 
     def tile(self, num_rows: int, n: int, k: int) -> Tile:
         for largest, tile in self.shapes.get((n, k), self.bands):
@@ -140,6 +143,12 @@ def choose(num_rows: int, n: int, k: int, dtype: torch.dtype, gpu: str, capabili
         return FP32
     table = table_of(gpu, capability)
     return SAFE if table is None else table.tile(num_rows, n, k)
+
+
+def faster(n: int, k: int, dtype: torch.dtype, gpu: str, capability: tuple[int, int]) -> Ranges:
+    """The numbers of rows, (first, last), at which our kernel was measured to be faster than the vendor's."""
+    table = None if dtype == torch.float32 else table_of(gpu, capability)
+    return () if table is None else table.faster.get((n, k), ())
 
 
 @functools.cache
@@ -192,12 +201,16 @@ def parse(content: Any) -> Table:
         raise ValueError(f"its format is {content['format']!r}, not {FORMAT}")
     major, minor = content["capability"]
     shapes = {(shape["n"], shape["k"]): _bands(shape["bands"]) for shape in content["shapes"]}
-    return Table((major, minor), content["gpu"], _bands(content["bands"]), shapes)
+    ranges = {(shape["n"], shape["k"]): _ranges(shape.get("faster", ())) for shape in content["shapes"]}
+    return Table((major, minor), content["gpu"], _bands(content["bands"]), shapes, ranges)
 
 
 def content_of(table: Table, **about: Any) -> dict[str, Any]:
     """What :func:`parse` reads, with facts for people to read beside it."""
-    shapes = [{"n": n, "k": k, "bands": _plain(bands)} for (n, k), bands in table.shapes.items()]
+    shapes = [
+        {"n": n, "k": k, "faster": _plain_ranges(table.faster.get((n, k), ())), "bands": _plain(bands)}
+        for (n, k), bands in table.shapes.items()
+    ]
     start = {"format": FORMAT, "capability": list(table.capability), "gpu": table.gpu}
     return start | about | {"bands": _plain(table.bands), "shapes": shapes}
 
@@ -216,3 +229,15 @@ def _bands(content: Any) -> Bands:
 
 def _plain(bands: Bands) -> list[dict[str, Any]]:
     return [{"up_to": None if largest == NO_LIMIT else largest, **asdict(tile)} for largest, tile in bands]
+
+
+def _ranges(content: Any) -> Ranges:
+    ranges = tuple((first, NO_LIMIT if last is None else last) for first, last in content)
+    bounds = [bound for pair in ranges for bound in pair]
+    if not all(type(bound) is int and bound > 0 for bound in bounds) or bounds != sorted(bounds):
+        raise ValueError(f"our kernel is faster for M of {list(content)}: ascending ranges of whole numbers are needed")
+    return ranges
+
+
+def _plain_ranges(ranges: Ranges) -> list[list[int | None]]:
+    return [[first, None if last == NO_LIMIT else last] for first, last in ranges]

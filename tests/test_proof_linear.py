@@ -84,10 +84,33 @@ class TestChoice:
         assert same_bits(linear.gemm(X[:m], W.t(), bias), by_rows(X[:m], W.t(), bias))
         assert calls.rows == [m]
 
-    def test_more_rows_than_were_tried_are_split(self, vendor):
+    def test_more_rows_than_were_tried_run_on_ours(self, vendor):
         calls = vendor()
+        linear.gemm(X[:80], W.t())
+        calls.rows.clear()
         assert same_bits(linear.gemm(X, W.t()), by_rows(X, W.t()))
-        assert calls.rows[-2:] == [80, 20]
+        assert calls.rows == []
+
+    def test_ours_runs_where_the_table_says_that_it_is_faster(self, vendor, monkeypatch):
+        monkeypatch.setattr(linear.tiles, "faster", lambda *shape: ((1, 2), (5, 8)))
+        calls = vendor()
+        linear.gemm(X, W.t())
+        calls.rows.clear()
+        for m in (1, 2, 3, 4, 5, 8, 9):
+            assert same_bits(linear.gemm(X[:m], W.t(), None), by_rows(X[:m], W.t()))
+        assert calls.rows == [3, 4, 9]
+
+    @pytest.mark.parametrize("how", ["vendor", "layout"])
+    def test_the_table_is_not_asked_for_what_it_was_not_measured_with(self, vendor, monkeypatch, how):
+        monkeypatch.setattr(linear.tiles, "faster", lambda *shape: ((1, 100),))
+        if how == "vendor":
+            monkeypatch.setenv("BATCH_INVARIANT_GEMM", "vendor")
+        b = W.t() if how == "vendor" else aligned(K, N)
+        calls = vendor()
+        linear.gemm(X, b)
+        calls.rows.clear()
+        linear.gemm(X[:8], b)
+        assert calls.rows == [8]
 
     @pytest.mark.parametrize("at", [16, 64, 80])
     def test_a_vendor_that_lies_in_one_bit_at_one_size_is_never_asked_again(self, at, vendor, monkeypatch):
@@ -104,11 +127,14 @@ class TestChoice:
         vendor(16)
         assert not same_bits(linear.gemm(X[:16], W.t()), by_rows(X[:16], W.t()))
 
-    def test_fewer_rows_than_the_floor_are_padded(self, vendor):
+    def test_fewer_rows_than_the_floor_run_on_ours(self, vendor):
         calls = vendor(1, 3)
         linear.gemm(X[:2], W.t())
+        assert [window.floor for window in linear.windows().values()] == [4]
         calls.rows.clear()
         assert same_bits(linear.gemm(X[:3], W.t()), by_rows(X[:3], W.t()))
+        assert calls.rows == []
+        linear.gemm(X[:4], W.t())
         assert calls.rows == [4]
 
     def test_each_layout_type_and_bias_is_proven_for_itself(self, vendor):

@@ -45,6 +45,21 @@ def test_a_shipped_table_is_sound_and_fits_its_card(path):
         assert tile.shared_memory() <= SHARED_MEMORY[table.capability] * 1024, tile
 
 
+@pytest.mark.parametrize("faster", [[[0, 4]], [[4, 2]], [[1, 4], [3, 8]], [[1, 4.5]], [[1]], [[1, None], [3, 4]], 5])
+def test_where_ours_is_faster_must_be_ascending_ranges(faster, caplog):
+    said = content()
+    said["shapes"][0]["faster"] = faster
+    keep(NAMELESS, json.dumps(said))
+    assert tiles.table_of(NAMELESS, (9, 0)).gpu != "NVIDIA H100 80GB HBM3"
+    assert "is ignored" in caplog.text
+
+
+def test_a_table_of_before_says_nothing_of_the_vendor():
+    said = content()
+    del said["shapes"][0]["faster"]
+    assert tiles.parse(said).faster == {(48, 64): ()}
+
+
 def test_the_usual_cards_have_one():
     assert {tiles.parse(json.loads(path.read_text())).capability for path in TABLES} == set(SHARED_MEMORY)
 

@@ -1,7 +1,7 @@
 """y = x·Wᵀ + b: the vendor's GEMM where its bits were proven to be our Triton kernel's, else our Triton kernel.
 
 Both give the same bits, so they mix freely, and a proof that nobody could make costs speed, never bits. The choice is
-made for each (N, K, dtype, bias, layout) when the op runs, never when a compiler traces it.
+made for each (N, K, dtype, bias, layout) and M when the op runs, never when a compiler traces it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import Counter
 
 import torch
 
-from batch_invariant_ops import proving
+from batch_invariant_ops import proving, tiles
 from batch_invariant_ops.certificates import Case
 from batch_invariant_ops.ops import matmul as own
 from batch_invariant_ops.ops import vendor_gemm
@@ -26,6 +26,7 @@ WIDTH_STEP = 8
 
 Key = tuple[int, int, torch.dtype, bool, bool, int]
 _windows: dict[Key, Window | None] = {}
+_faster: dict[Key, tiles.Ranges] = {}
 _calls: Counter[Key] = Counter()
 
 
@@ -53,7 +54,8 @@ def linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> t
 def gemm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """a [M, K] · b [K, N] + bias [N] on a GPU, by the vendor where that was proven, else by our kernel.
 
-    A GEMM that no ``prepare`` announced is proven when it is called for the third time, outside a graph's capture.
+    Ours also runs at those M where the card's table says that it is the faster one. A GEMM that no ``prepare``
+    announced is proven when it is called for the third time, outside a graph's capture.
     """
     key = _key(a, b, bias)
     if key is None:
@@ -67,11 +69,12 @@ def gemm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> 
         window = _windows[key]
     except KeyError:
         window = _decide(key)
-    if window is None:
+    if window is None or not window.floor <= (num_rows := a.shape[0]) <= window.cap:
         return own.gemm(a, b, bias)
-    if window.floor <= a.shape[0] <= window.cap:
-        return vendor_gemm.call(a, b, bias)
-    return window.apply(lambda rows: vendor_gemm.call(rows, b, bias), a)
+    for first, last in _faster[key]:
+        if first <= num_rows <= last:
+            return own.gemm(a, b, bias)
+    return vendor_gemm.call(a, b, bias)
 
 
 def _key(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> Key | None:
@@ -121,10 +124,10 @@ def _decide(key: Key) -> Window | None:
 def _prove(key: Key) -> Window | None:
     if key not in _windows:
         n, k, dtype, has_bias, weight_is_packed, index = key
-        _windows[key] = prove(
-            Case(n, k, dtype, has_bias, weight_is_packed),
-            torch.device("cuda", index) if index >= 0 else torch.device("cpu"),
-        )
+        device = torch.device("cuda", index) if index >= 0 else torch.device("cpu")
+        measured = choice() == "auto" and weight_is_packed
+        _faster[key] = tiles.faster(n, k, dtype, *own.card(device)) if measured else ()
+        _windows[key] = prove(Case(n, k, dtype, has_bias, weight_is_packed), device)
     return _windows[key]
 
 

@@ -243,7 +243,7 @@ def _run(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, tile: Tile
         return _on_cpu(a, b, bias)
     if triton is None:
         raise RuntimeError(f"a GEMM on {a.device} needs Triton, which is not installed: `pip install triton`")
-    return _launch(a, b, bias, tile or tiles.choose(num_rows, num_columns, depth, a.dtype, *_card(a.device)))
+    return _launch(a, b, bias, tile or tiles.choose(num_rows, num_columns, depth, a.dtype, *card(a.device)))
 
 
 def warm_up(a: torch.Tensor, b: torch.Tensor, *, tile: Tile) -> Any:
@@ -354,7 +354,7 @@ def _has_copy_engine(device: torch.device) -> bool:
         return False
     if device.type == "meta":
         return triton.runtime.driver.active.get_current_target().arch >= 90
-    return _card(device)[1] >= (9, 0) if device.type == "cuda" else _interpreted()
+    return card(device)[1] >= (9, 0) if device.type == "cuda" else _interpreted()
 
 
 @functools.cache
@@ -365,7 +365,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
-def _card(device: torch.device) -> tuple[str, tuple[int, int]]:
+def card(device: torch.device) -> tuple[str, tuple[int, int]]:
     """A GPU's name and compute capability."""
     if device.type != "cuda":
         return "", (0, 0)

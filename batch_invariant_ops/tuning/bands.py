@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from batch_invariant_ops.tiles import NO_LIMIT, SAFE, Bands, Table, Tile
+from batch_invariant_ops.tiles import NO_LIMIT, SAFE, Bands, Ranges, Table, Tile
 from batch_invariant_ops.tuning.candidates import Card
 from batch_invariant_ops.tuning.search import Found, Point
 
 NEAR = 1.02
 """A neighbour's tile no slower than this is kept: each further tile is one more kernel that a server compiles."""
+
+WORTH = 0.98
+"""Of the vendor's time, from which on ours is worth it: a table serves all cards of its name, and no two are alike."""
 
 Costs = dict[Tile, float]
 
@@ -22,13 +25,34 @@ def table(found: Mapping[Point, Found], card: Card) -> Table:
         ValueError: there is no point.
     """
     by_shape: dict[tuple[int, int], dict[int, Costs]] = {}
+    wins: dict[tuple[int, int], dict[int, bool]] = {}
     for point, what in sorted(found.items(), key=lambda item: item[0]):
         costs = {tile: time / what.times[what.best] for tile, time in what.times.items()}
         by_shape.setdefault((point.n, point.k), {})[point.m] = costs
+        won = what.over_vendor is not None and what.over_vendor <= WORTH
+        wins.setdefault((point.n, point.k), {})[point.m] = won
     if not by_shape:
         raise ValueError("nothing was measured")
     shapes = {shape: bands(costs) for shape, costs in by_shape.items()}
-    return Table(card.capability, card.gpu, bands(_common(by_shape.values()) or {1: {SAFE: 1.0}}), shapes)
+    faster = {shape: ranges(won) for shape, won in wins.items()}
+    return Table(card.capability, card.gpu, bands(_common(by_shape.values()) or {1: {SAFE: 1.0}}), shapes, faster)
+
+
+def ranges(won: Mapping[int, bool]) -> Ranges:
+    """(first M, last M) of what was won; rows between two measured M count as the larger one, those beyond as the last.
+
+    >>> ranges({1: True, 2: True, 4: False, 8: True})
+    ((1, 2), (5, 4611686018427387904))
+    """
+    found: list[tuple[int, int]] = []
+    before = 0
+    for m in sorted(won):
+        if won[m]:
+            found.append((found.pop()[0] if found and found[-1][1] == before else before + 1, m))
+        before = m
+    if found and found[-1][1] == before:
+        found.append((found.pop()[0], NO_LIMIT))
+    return tuple(found)
 
 
 def bands(costs: Mapping[int, Costs]) -> Bands:

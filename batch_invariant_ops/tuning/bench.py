@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from typing import Any
@@ -15,6 +16,7 @@ from batch_invariant_ops.tuning.search import OtherBits, Point, Unfit
 MODULE = "batch_invariant_ops.tuning.measuring"
 START_SECONDS = 180.0
 TIME_SECONDS = 20.0
+TURNS = ROUNDS = 3
 RESTARTS = 8
 
 
@@ -109,6 +111,23 @@ class Bench:
         if "unfit" in said:
             raise Unfit(said["unfit"])
         return said["us"]
+
+    def over_vendor(self, tile: Tile) -> float | None:
+        """A tile's time over the vendor's, both measured in turns; None where the vendor gives other bits here.
+
+        Raises:
+            Unfit, OtherBits, Broken: see :meth:`measure`.
+        """
+        ours, theirs = [], []
+        for _ in range(TURNS):
+            ours.append(self.measure(tile, ROUNDS))
+            said = self._ask("time", self.seconds, tile=None, rounds=ROUNDS)
+            if "crash" in said:
+                self._restart(said["crash"])
+            if "us" not in said:
+                return None
+            theirs.append(said["us"])
+        return statistics.median(ours) / statistics.median(theirs)
 
     def close(self) -> None:
         """End all processes."""

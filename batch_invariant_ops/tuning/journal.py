@@ -18,7 +18,7 @@ from batch_invariant_ops.tiles import Tile
 from batch_invariant_ops.tuning.search import Found, Point
 
 logger = logging.getLogger(__name__)
-FORMAT = 1
+FORMAT = 2
 
 
 class Unusable(Exception):
@@ -97,14 +97,19 @@ class Journal:
         if best not in times or not all(0 < time < float("inf") for time in times.values()):
             raise ValueError
         point = Point(**{name: int(entry[name]) for name in ("n", "k", "m")})
-        self.found[point] = Found(best, times, int(entry["skipped"]), float(entry["seconds"]))
+        over = entry["over_vendor"]
+        if over is not None and not 0 < over < float("inf"):
+            raise ValueError
+        self.found[point] = Found(best, times, int(entry["skipped"]), float(entry["seconds"]), over)
 
     def add(self, point: Point, found: Found) -> None:
         """Keep a finished point."""
         self.found[point] = found
         times = [[astuple(tile), round(time, 3)] for tile, time in found.times.items()]
-        counted = {"skipped": found.skipped, "seconds": round(found.seconds, 3)}
-        self._append({"n": point.n, "k": point.k, "m": point.m, "best": astuple(found.best), **counted, "times": times})
+        about = {
+            "skipped": found.skipped, "seconds": round(found.seconds, 3), "over_vendor": found.over_vendor,
+        }  # fmt: skip
+        self._append({"n": point.n, "k": point.k, "m": point.m, "best": astuple(found.best), **about, "times": times})
 
     def avoid(self, tile: Tile, why: str) -> None:
         """Keep that a tile hung or crashed, so that no later run waits for it."""

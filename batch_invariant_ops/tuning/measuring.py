@@ -6,6 +6,8 @@
     {"do": "time", "tile": [...], "rounds": ...} → {"us": ...}, {"other": elements that differ}, {"unfit": "why"}
                                                    or {"crash": "why"}, after which the process ends
 
+With null for a tile, the vendor's GEMM is asked, under the settings in which it may be proven.
+
 A round is a few calls one after the other, timed by CUDA events. They walk through copies of the weights that together
 exceed the L2 cache, as a model's layers do, and wait in the queue until all are there, so that the host's time is not
 measured.
@@ -24,8 +26,8 @@ from typing import Any
 
 import torch
 
-from batch_invariant_ops import certificates
-from batch_invariant_ops.ops import matmul
+from batch_invariant_ops import certificates, vendor
+from batch_invariant_ops.ops import matmul, vendor_gemm
 from batch_invariant_ops.proof import probe, same_bits
 from batch_invariant_ops.tiles import SAFE, Tile
 from batch_invariant_ops.tuning.candidates import Card
@@ -48,7 +50,7 @@ class Gpu:
         self.device = torch.device("cuda", 0)
         self.sleep = SLEEP
         self.turn = 0
-        self.checked: dict[Tile, int] = {}
+        self.checked: dict[Tile | None, int] = {}
         self.weights: list[torch.Tensor] = []
         self.largest = self.reference = self.x = torch.empty(0)
 
@@ -105,9 +107,9 @@ class Gpu:
             torch.cuda.synchronize()
         return {}
 
-    def time(self, tile: list[Any], rounds: int) -> dict[str, Any]:
+    def time(self, tile: list[Any] | None, rounds: int) -> dict[str, Any]:
         """Compare one tile's bits, when it is new here, and time it."""
-        chosen = Tile(*tile)
+        chosen = None if tile is None else Tile(*tile)
         try:
             if chosen not in self.checked:
                 y = self.call(chosen)
@@ -126,7 +128,7 @@ class Gpu:
         torch.cuda.empty_cache()
         return {"unfit": why}
 
-    def round(self, tile: Tile, calls: int) -> float:
+    def round(self, tile: Tile | None, calls: int) -> float:
         """Microseconds a call."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         while True:
@@ -142,12 +144,16 @@ class Gpu:
                 return max(start.elapsed_time(end) * 1e3 / calls, 1e-3)
             self.sleep *= 2
 
-    def call(self, tile: Tile) -> torch.Tensor:
+    def call(self, tile: Tile | None) -> torch.Tensor:
         self.turn += 1
-        return matmul.gemm(self.x, self.weights[self.turn % len(self.weights)].t(), tile=tile)
+        w = self.weights[self.turn % len(self.weights)]
+        if tile is None:
+            return vendor_gemm.call(self.x, w.t(), None)
+        return matmul.gemm(self.x, w.t(), tile=tile)
 
 
 def main() -> None:
+    vendor.prepare()
     gpu = Gpu()
 
     def answer(question: dict[str, Any]) -> dict[str, Any]:

@@ -123,7 +123,9 @@ class Run:
             least=sum(tile in first for tile in there), until=self.clock() + FIRST_RUNG * share, clock=self.clock,
             told=lambda done, total: told(number, point, done, total),
         )  # fmt: skip
-        self.journal.add(point, replace(found, skipped=found.skipped + failed))
+        over_vendor = self.bench.over_vendor(found.best)
+        over_vendor = over_vendor and round(over_vendor, 3)
+        self.journal.add(point, replace(found, skipped=found.skipped + failed, over_vendor=over_vendor))
 
     def _known(self, point: Point) -> Iterator[Tile]:
         """The winners nearby: those of fewer rows, of other shapes, and of the table that was shipped."""
@@ -157,6 +159,7 @@ def measurements(found: dict[Point, Found]) -> list[dict[str, float | int | None
     """For people to read: microseconds of the chosen tile and of the fixed one at each point."""
     return [
         {"n": point.n, "k": point.k, "m": point.m, "us": round(what.times[what.best], 2),
-         "fixed_us": round(what.times[SAFE], 2) if SAFE in what.times else None}
+         "fixed_us": round(what.times[SAFE], 2) if SAFE in what.times else None,
+         "over_vendor": what.over_vendor}
         for point, what in sorted(found.items(), key=lambda item: item[0])
     ]  # fmt: skip

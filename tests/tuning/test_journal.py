@@ -12,7 +12,7 @@ from batch_invariant_ops.tuning.search import Found, Point
 FACTS = {"gpu": "a card", "capability": (9, 0), "triton": "3.6.0"}
 TILE = Tile(m=16, n=64, k=128, warps=4, stages=5, swap=True)
 POINTS = [Point(64, 128, m) for m in (1, 2, 4)]
-FOUND = Found(TILE, {TILE: 10.5, SAFE: 30.25}, 2, 1.5)
+FOUND = Found(TILE, {TILE: 10.5, SAFE: 30.25}, 2, 1.5, 0.9375)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from batch_invariant_ops.ops import matmul
+from batch_invariant_ops.ops import matmul, vendor_gemm
 from batch_invariant_ops.tiles import SAFE, Tile
 from batch_invariant_ops.tuning import measuring
 
@@ -126,6 +126,20 @@ def test_what_does_not_launch_is_unfit_and_what_loses_the_context_is_a_crash(gpu
 
     monkeypatch.setattr(matmul, "gemm", fail)
     assert ask(gpu) == {key: "RuntimeError: out of resource: shared memory"}
+
+
+def test_the_vendor_is_held_to_the_same_bits_and_clock(gpu, cuda, monkeypatch):
+    result = gpu.reference.clone()
+
+    def vendor(a, b, bias):
+        cuda.now += 40.0
+        return result[: len(a)]
+
+    monkeypatch.setattr(vendor_gemm, "call", vendor)
+    assert gpu.answer({"do": "time", "tile": None, "rounds": 3}) == {"us": 40.0}
+    gpu.point(8)
+    gpu.reference[0, 0] += 1
+    assert gpu.answer({"do": "time", "tile": None, "rounds": 3}) == {"other": 1}
 
 
 def test_too_little_memory_is_said(gpu, cuda):

@@ -34,6 +34,7 @@ CARD = {"gpu": "a card", "capability": [9, 0], "multiprocessors": 132, "shared_m
 MEASURING = f"""
     do, tile = question["do"], question.get("tile", [0])
     print("noise of a compiler")
+    if tile is None: return eval(os.environ["VENDOR"])
     if do == "card": return {CARD!r}
     if do == "shape": return {{"memory": True}} if question["m"] > 100 else {{}}
     if do == "point": return {{}}
@@ -253,6 +254,22 @@ class TestBench:
         assert time.monotonic() - begun < 1 and bench._restarts == 1
         assert bench.measure(SAFE, 1) == 11.0
         assert bench.point(POINT, [SAFE, tile], 1) == ([SAFE], 1)
+
+    @pytest.mark.parametrize(
+        "vendor, ratio, restarts",
+        [
+            ({"us": 26.0}, 0.5, 0),
+            ({"other": 1}, None, 0),
+            ({"unfit": "no kernel"}, None, 0),
+            ({"crash": "an illegal access"}, None, 1),
+        ],
+        ids=["faster", "other bits", "unfit", "crash"],
+    )
+    def test_a_tile_against_the_vendor(self, bench, monkeypatch, vendor, ratio, restarts):
+        monkeypatch.setenv("VENDOR", repr(vendor))
+        bench._restart("its environment is new")
+        assert self.at(bench).over_vendor(SAFE) == ratio and bench._restarts == 1 + restarts
+        assert bench.measure(SAFE, 1) == 11.0
 
     def test_one_that_does_not_launch_needs_no_restart(self, bench):
         with pytest.raises(Unfit, match="too large"):

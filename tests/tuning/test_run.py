@@ -145,6 +145,7 @@ def test_a_table_survives_being_written_and_is_chosen(run):
     import torch
 
     table = go(run())
+    assert all(table.faster.values())
     text = json.dumps(tiles.content_of(table, measured=[]))
     path = tiles.tuned(H100.gpu)
     path.parent.mkdir(parents=True)
@@ -154,6 +155,9 @@ def test_a_table_survives_being_written_and_is_chosen(run):
         tile = tiles.choose(m, *SHAPES[0], torch.bfloat16, H100.gpu, (9, 0))
         assert tile == table.tile(m, *SHAPES[0])
     assert tiles.choose(1, *SHAPES[0], torch.bfloat16, "another", (9, 0)) != table.tile(1, *SHAPES[0])
+    assert tiles.faster(*SHAPES[0], torch.bfloat16, H100.gpu, (9, 0)) == table.faster[SHAPES[0]]
+    assert tiles.faster(*SHAPES[0], torch.float32, H100.gpu, (9, 0)) == ()
+    assert tiles.faster(8, 8, torch.bfloat16, H100.gpu, (9, 0)) == ()
 
 
 class TestSizes:
@@ -195,8 +199,25 @@ class TestBands:
         found = {Point(1, 1, 1): Found(A, {A: 10.0}), Point(2, 2, 1): Found(C, {C: 1.0})}
         assert bands.table(found, H100).bands == ((NO_LIMIT, SAFE),)
 
+    def test_ours_is_chosen_where_it_is_worth_it(self):
+        over = {1: 0.9, 2: 0.98, 4: 0.99, 8: None, 16: 0.5, 32: 1.5}
+        found = {Point(8, 8, m): Found(A, {A: 1.0}, over_vendor=ratio) for m, ratio in over.items()}
+        assert bands.table(found, H100).faster == {(8, 8): ((1, 2), (9, 16))}
+
+    @pytest.mark.parametrize(
+        "won, ranges",
+        [
+            ({1: True, 2: True, 4: False, 8: True}, ((1, 2), (5, NO_LIMIT))),
+            ({1: False, 2: True, 4: True}, ((2, NO_LIMIT),)),
+            ({1: True, 2: False}, ((1, 1),)),
+            ({1: False}, ()),
+        ],
+    )
+    def test_rows_between_two_measured_numbers_go_by_the_larger(self, won, ranges):
+        assert bands.ranges(won) == ranges
+
     def test_over_the_fixed_tile(self):
         found = [Found(A, {A: 10.0, SAFE: 20.0}), Found(A, {A: 10.0, SAFE: 80.0}), Found(A, {A: 1.0})]
         assert math.isclose(bands.over_fixed(found), 0.25) and bands.over_fixed(found[2:]) is None
         (line,) = measurements({Point(8, 4, 1): found[0]})
-        assert line == {"n": 8, "k": 4, "m": 1, "us": 10.0, "fixed_us": 20.0}
+        assert line == {"n": 8, "k": 4, "m": 1, "us": 10.0, "fixed_us": 20.0, "over_vendor": None}
