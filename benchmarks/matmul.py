@@ -4,6 +4,7 @@
 What has to be set before cuBLAS's first handle differs between implementations, so each environment has a worker
 process of its own; they are asked in turn, shape by shape. A time is one CUDA graph replay of many calls, divided by
 their number; the calls rotate through copies of the weights that together exceed the L2 cache, as a model's layers do.
+An error is ‖y - r‖ / ‖r‖ for the first rows, r in fp64 of the same operands.
 
     python3 benchmarks/matmul.py --out benchmarks/results/matmul.csv [--quick] [--models llama-3.1-8b ...]
 
@@ -37,6 +38,8 @@ KIT_ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE"
 IMPLEMENTATIONS = {SHIPPED: "shipped", "auto": "kit", "triton": "kit", "thinking-machines": "kit", "vllm-0.33": "kit"}
 LARGEST_OUTPUT = 2**30
 ROUNDS = 3
+CHECKED = 16
+"""Rows of which the error is taken."""
 REPLAYS = 5
 
 
@@ -71,11 +74,15 @@ class Case:
         import torch
 
         run = implementation(name)
-        x = torch.randn(m, weights[0].shape[1], device="cuda", dtype=weights[0].dtype)
+        generator = torch.Generator(device="cuda").manual_seed(m)
+        x = torch.randn(m, weights[0].shape[1], device="cuda", generator=generator).to(weights[0].dtype)
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream), torch.no_grad():
             for w in weights[:2]:
                 run(x, w)
+            exact = x[:CHECKED].double() @ weights[0].double().t()
+            self.error = float((run(x, weights[0])[:CHECKED].double() - exact).norm() / exact.norm())
+        del exact
         torch.cuda.synchronize()
         self.calls = len(weights) * (1 if m > 512 else 4)
         self.graph = torch.cuda.CUDAGraph()
@@ -120,6 +127,7 @@ def worker():
             cases.clear()
             for name in ask["names"]:
                 cases[name] = Case(name, ask["m"], weights)
+            answer = {name: case.error for name, case in cases.items()}
         elif ask["do"] == "time":
             answer = cases[ask["name"]].microseconds()
         elif ask["do"] == "versions":
@@ -163,8 +171,9 @@ def measure(shapes, sizes, dtypes, names):
             for one in workers.values():
                 one.ask(do="shape", n=n, k=k, dtype=dtype)
             for m in (size for size in sizes if size * n <= LARGEST_OUTPUT):
+                errors = {}
                 for environment, one in workers.items():
-                    one.ask(do="case", m=m, names=[x for x in names if IMPLEMENTATIONS[x] == environment])
+                    errors |= one.ask(do="case", m=m, names=[x for x in names if IMPLEMENTATIONS[x] == environment])
                 times = defaultdict(list)
                 for _ in range(ROUNDS):
                     for name in names:
@@ -177,21 +186,30 @@ def measure(shapes, sizes, dtypes, names):
                         "ratio": round(us / statistics.median(times[SHIPPED]), 4),
                         "tflops": round(2 * m * n * k / us * 1e-6, 2),
                         "gb_per_s": round(2 * (m * k + n * k + m * n) / us * 1e-3, 1),
+                        "error": f"{errors[name]:.6g}",
                     }  # fmt: skip
     for one in workers.values():
         one.process.stdin.close()
         one.process.wait()
 
 
+def case(row):
+    """What one row has in common with those of the other implementations."""
+    return tuple(row[key] for key in ("dtype", "n", "k", "m"))
+
+
 def summary(rows):
-    """Per implementation and band of M: geometric mean and worst of the ratio to cuBLAS as shipped."""
+    """Per implementation and band of M: geometric mean and worst of the ratio to cuBLAS as shipped; the errors'."""
     result = defaultdict(dict)
+    shipped = {case(row): float(row["error"]) for row in rows if row["implementation"] == SHIPPED}
     for name in dict.fromkeys(row["implementation"] for row in rows):
         for band, (low, high) in BANDS.items():
             ratios = [float(r["ratio"]) for r in rows if r["implementation"] == name and low <= int(r["m"]) <= high]
             if ratios:
                 mean = math.exp(statistics.fmean(math.log(r) for r in ratios))
                 result[name][band] = {"geometric_mean": round(mean, 4), "worst": max(ratios), "cases": len(ratios)}
+        errors = [float(row["error"]) / shipped[case(row)] for row in rows if row["implementation"] == name]
+        result[name]["error"] = {"median": round(statistics.median(errors), 4), "worst": round(max(errors), 4)}
     return dict(result)
 
 
@@ -226,7 +244,8 @@ def main():
     text = json.dumps({**about, "ratio_to": SHIPPED, "bands": found}, indent=2)
     arguments.out.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
     for name, bands in found.items():
-        print(f"{name:20}", *(f"{b}: {v['geometric_mean']:.2f} ({v['worst']:.2f})" for b, v in bands.items()), sep="  ")
+        of = {band: bands[band] for band in BANDS if band in bands}
+        print(f"{name:20}", *(f"{b}: {v['geometric_mean']:.2f} ({v['worst']:.2f})" for b, v in of.items()), sep="  ")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,11 +36,15 @@ ENVIRONMENTS = {
 
 @dataclass(frozen=True)
 class Workload:
-    """That many prompts at once, each of `tokens_in` tokens and answered with `tokens_out`."""
+    """That many prompts at once, each of `tokens_in` tokens and answered with `tokens_out`.
+
+    With `decode_only`, what the first of those takes is measured by itself and subtracted.
+    """
 
     prompts: int
     tokens_in: int
     tokens_out: int
+    decode_only: bool = False
 
 
 WORKLOADS = {
@@ -50,19 +54,34 @@ WORKLOADS = {
     "prefill": Workload(32, 2048, 1),
     "long": Workload(8, 6000, 64),
 }
+CONTEXTS = {
+    "1x2k": Workload(1, 2048, 129, decode_only=True),
+    "1x8k": Workload(1, 8192, 129, decode_only=True),
+    "1x32k": Workload(1, 32768, 129, decode_only=True),
+    "1x64k": Workload(1, 65536, 129, decode_only=True),
+    "4x32k": Workload(4, 32768, 129, decode_only=True),
+}
+"""Asked for by name: how long 128 further tokens take after a long prompt."""
 
 
 class System:
     """One engine, in the worker process; asked with one JSON object a line."""
 
     def __init__(self, arguments: dict) -> None:
+        import time
+
+        begin = time.perf_counter()
         from vllm import LLM
 
         self.llm = LLM(**arguments, enable_prefix_caching=False, disable_log_stats=True)
         self.vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
+        self.seconds = time.perf_counter() - begin
 
     def generate(self, workload: Workload, seed: int) -> float:
-        """Seconds of one call."""
+        """Seconds of one call, or of its decoding alone."""
+        if workload.decode_only:
+            whole = replace(workload, decode_only=False)
+            return self.generate(whole, seed) - self.generate(replace(whole, tokens_out=1), seed)
         import time
 
         from vllm import SamplingParams
@@ -83,11 +102,11 @@ class System:
         return seconds
 
     def profile(self, workload: Workload) -> dict[str, list[float]]:
-        """Kernel name -> [calls, milliseconds] of one call; empty without a GPU."""
+        """Kernel name -> [calls, milliseconds] of one call; empty without a GPU, and for decoding alone."""
         import torch
         from torch.profiler import ProfilerActivity, profile
 
-        if not torch.cuda.is_available():
+        if workload.decode_only or not torch.cuda.is_available():
             return {}
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             self.generate(workload, seed=-1)
@@ -96,6 +115,13 @@ class System:
             if event.self_device_time_total:
                 found[event.key] = [event.count, event.self_device_time_total / 1e3]
         return found
+
+    def start(self) -> dict[str, float]:
+        """Seconds from the first import on, and what torch then holds of the GPU's memory."""
+        import torch
+
+        reserved = torch.cuda.memory_reserved() if torch.cuda.is_available() else 0
+        return {"seconds": round(self.seconds, 1), "gpu_mib": reserved >> 20}
 
     def versions(self) -> dict[str, str]:
         import torch
@@ -115,7 +141,7 @@ def worker(answers) -> None:
         do = ask.pop("do")
         if do == "start":
             system = System(ask["arguments"])
-            answer = system.versions()
+            answer = [system.versions(), system.start()]
         elif do == "generate":
             answer = system.generate(workload, ask["seed"])
         else:
@@ -190,7 +216,7 @@ def measure(workers: list[Worker], workloads: list[str], rounds: int, gpu_ms: di
     Fills ``gpu_ms``, the GPU's milliseconds by (workload, system).
     """
     for name in workloads:
-        workload = vars(WORKLOADS[name])
+        workload = vars((WORKLOADS | CONTEXTS)[name])
         seconds: dict[str, list[float]] = {one.name: [] for one in workers}
         for one in workers:
             one.ask(do="generate", workload=workload, seed=-2)
@@ -235,10 +261,10 @@ def main() -> None:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--model", help="its folder; vllm/tiny_model.py --preset llama-8b-8layers makes one")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="the folder to write to")
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS | CONTEXTS, default=list(WORKLOADS))
     parser.add_argument("--systems", nargs="+", choices=ENVIRONMENTS, default=list(ENVIRONMENTS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--max-model-len", type=int, default=8192, help="(default: %(default)s)")
+    parser.add_argument("--max-model-len", type=int, help="(default: what the workloads need)")
     parser.add_argument("--attention-backend", default="FLASH_ATTN", help="of all systems (default: %(default)s)")
     parser.add_argument("--kv-cache-gib", type=float, default=6.0, help="of each system (default: %(default)s)")
     arguments = parser.parse_args()
@@ -252,9 +278,11 @@ def main() -> None:
     if PLAIN not in arguments.systems:
         parser.error(f"--systems={' '.join(arguments.systems)!r} is not valid: {PLAIN} is what the others are held to")
     arguments.out.mkdir(parents=True, exist_ok=True)
+    asked = [(WORKLOADS | CONTEXTS)[name] for name in arguments.workloads]
+    longest = max(8192, *(workload.tokens_in + workload.tokens_out for workload in asked))
     engine = {
         "model": arguments.model,
-        "max_model_len": arguments.max_model_len,
+        "max_model_len": arguments.max_model_len or longest,
         "gpu_memory_utilization": 0.28,
         "kv_cache_memory_bytes": int(arguments.kv_cache_gib * 2**30),
     }
@@ -264,14 +292,17 @@ def main() -> None:
     try:
         for one in workers:
             one.send(do="start", arguments=engine)
-        versions, *_ = [one.receive() for one in workers]
+        answers = {one.name: one.receive() for one in workers}
+        versions = answers[PLAIN][0]
+        starts = {name: start for name, (_, start) in answers.items()}
+        print("start:", ", ".join(f"{name} {start}" for name, start in starts.items()), flush=True)
         gpu_ms: dict = {}
         rows = record(arguments.out, versions, measure(workers, arguments.workloads, arguments.rounds, gpu_ms))
     finally:
         for one in workers:
             one.stop()
     found = summary(rows, gpu_ms)
-    text = json.dumps({**versions, "ratio_to": PLAIN, "workloads": found}, indent=2)
+    text = json.dumps({**versions, "ratio_to": PLAIN, "start": starts, "workloads": found}, indent=2)
     (arguments.out / "serving.json").write_text(text + "\n", encoding="utf-8")
     for name, systems in found.items():
         print(

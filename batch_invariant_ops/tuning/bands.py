@@ -35,7 +35,7 @@ def table(found: Mapping[Point, Found], card: Card) -> Table:
         raise ValueError("nothing was measured")
     shapes = {shape: bands(costs) for shape, costs in by_shape.items()}
     faster = {shape: ranges(won) for shape, won in wins.items()}
-    return Table(card.capability, card.gpu, bands(_common(by_shape.values()) or {1: {SAFE: 1.0}}), shapes, faster)
+    return Table(card.capability, card.gpu, ((NO_LIMIT, SAFE),), shapes, faster)
 
 
 def ranges(won: Mapping[int, bool]) -> Ranges:
@@ -65,18 +65,6 @@ def bands(costs: Mapping[int, Costs]) -> Bands:
             tile = found.pop()[1]
         found.append((m, tile))
     return (*found[:-1], (NO_LIMIT, found[-1][1]))
-
-
-def _common(shapes: Iterable[dict[int, Costs]]) -> dict[int, Costs]:
-    """For each M, the geometric mean over the shapes that were measured there, of the tiles that all of them ran."""
-    shapes = list(shapes)
-    common: dict[int, Costs] = {}
-    for m in {m for costs in shapes for m in costs}:
-        here = [costs[m] for costs in shapes if m in costs]
-        ran = set.intersection(*({*costs} for costs in here))
-        if ran:
-            common[m] = {tile: math.exp(sum(math.log(costs[tile]) for costs in here) / len(here)) for tile in ran}
-    return common
 
 
 def over_fixed(found: Iterable[Found]) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -152,7 +151,7 @@ def _shipped(capability: tuple[int, int], point: Point) -> Iterator[Tile]:
     major, minor = capability
     path = tiles.SHIPPED / f"sm_{major}{minor}.json"
     if path.is_file():
-        yield tiles.parse(json.loads(path.read_text(encoding="utf-8"))).tile(point.m, point.n, point.k)
+        yield tiles.read(path).tile(point.m, point.n, point.k)
 
 
 def measurements(found: dict[Point, Found]) -> list[dict[str, float | int | None]]:

@@ -1,6 +1,5 @@
 """Our GEMM's freedoms on a GPU change no bit: tiles, graphs, the compiler, streams, repetition, padding, the mode."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -43,7 +42,7 @@ def copied(form):
 def every_tile():
     """The tiles of this card's tables, and of the others' that fit into its shared memory by the operands' size."""
     limit = shared_memory()
-    shipped = [tiles.parse(json.loads(path.read_text())) for path in tiles.SHIPPED.glob("*.json")]
+    shipped = [tiles.read(path) for path in tiles.SHIPPED.glob("*.json")]
     here = torch.cuda.get_device_capability()
     own = {tile for table in shipped if table.capability == here for tile in table.tiles()}
     others = {tile for table in shipped for tile in table.tiles() if tile.shared_memory() <= limit}
