@@ -186,3 +186,16 @@ def test_a_table_on_another_cards_tiles_knows_nothing_of_its_vendor():
     path = tiles.SHIPPED / "sm_90.json"
     table, base = tiles.read(path), tiles.read(tiles.SHIPPED / "nvidia-h200.json")
     assert (table.gpu, table.faster) == (None, {}) and table.shapes == base.shapes and any(base.faster.values())
+
+
+@pytest.mark.parametrize("gpu", ["NVIDIA H200", NAMELESS])
+def test_a_table_adds_its_shapes_to_its_base(gpu):
+    base = tiles.read(tiles.SHIPPED / "nvidia-h200.json")
+    shape = next(iter(base.shapes))
+    said = content(gpu=gpu, base="nvidia-h200")
+    said["shapes"] += [{"n": shape[0], "k": shape[1], "faster": [[5, 6]], "bands": said["shapes"][0]["bands"]}]
+    table = tiles.read(keep(gpu, json.dumps(said)))
+    added = {(48, 64): ((NO_LIMIT, OTHER),), shape: ((NO_LIMIT, OTHER),)}
+    assert table.gpu == gpu and table.shapes == base.shapes | added and table.shapes != base.shapes
+    own = {(48, 64): (), shape: ((5, 6),)}
+    assert table.faster == (base.faster | own if gpu == base.gpu else own)
