@@ -53,7 +53,10 @@ LOCKS = {
     ),
     "demo": Lock(("httpx", "jinja2", "matplotlib", "rich"), "2026-11-24", SERVING_PYTHONS, beside="cpu"),
     "dev": Lock(
-        ("hypothesis", "mypy", "openai", "pytest", "pytest-timeout", "ruff", "httpx", "jinja2", "matplotlib", "rich"),
+        (
+            *("hypothesis", "atheris", "mypy", "openai", "pytest", "pytest-timeout", "ruff"),
+            *("httpx", "jinja2", "matplotlib", "rich"),
+        ),
         "2026-11-24",
         SERVING_PYTHONS,
         beside="demo",

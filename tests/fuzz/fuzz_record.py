@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
-"""A fuzz target for the reader of records, guided by coverage; run by hand, as atheris is no dependency of the tests.
+"""A fuzz target for the reader of records, guided by coverage.
 
-    pip install atheris
     python tests/fuzz/fuzz_record.py -runs=2000000 -max_len=4096
 
 Two ways in: the bytes as a file, and the bytes as the lines' contents under right checksums. Neither may end in
@@ -9,16 +8,17 @@ anything but a record or one line that refuses it, and a file may be read only i
 """
 
 import json
-import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "vllm"))
+from fuzzing import fuzz  # it puts the harness on the path
 
+# isort: split
 from determinism.protocol import Answer, Dialect, Request
 from determinism.records import FIRST, Entry, Header, Reader, RecordError, sealed
 
-FILE = Path(tempfile.mkdtemp(), "record.jsonl")
+FOLDER = tempfile.TemporaryDirectory()
+FILE = Path(FOLDER.name, "record.jsonl")
 
 
 def lines(contents: list[dict]) -> bytes:
@@ -69,19 +69,8 @@ def test_one_input(data: bytes) -> None:
                 assert "\n" not in str(error)
 
 
-def main() -> None:
-    try:
-        import atheris
-    except ImportError:
-        print("fuzz_record: atheris is not installed: `pip install atheris` is needed", file=sys.stderr)
-        raise SystemExit(2) from None
-    atheris.instrument_all()
-    FILE.parent.joinpath("corpus").mkdir()
-    for number, contents in enumerate((sample(), sample()[:2], sample()[:1])):
-        FILE.parent.joinpath("corpus", str(number)).write_bytes(lines(contents))
-    atheris.Setup([*sys.argv, str(FILE.parent / "corpus")], test_one_input)
-    atheris.Fuzz()
+SAMPLES = [lines(contents) for contents in (sample(), sample()[:2], sample()[:1])]
 
 
 if __name__ == "__main__":
-    main()
+    fuzz(test_one_input, SAMPLES)

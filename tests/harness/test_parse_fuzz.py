@@ -1,73 +1,18 @@
 """Whatever bytes a server sends, they are an answer or a failed request: nothing else comes out of the parser."""
 
 import json
-import math
-from collections.abc import Callable
 
 import pytest
-from determinism.compare import digests, first_difference, largest_difference
-from determinism.errors import RequestFailed
 from determinism.probe import forms
-from determinism.protocol import Answer, Dialect, parse
-from fake_server import Behaviour, FakeServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import DIALECTS, agree, parsed, places, replaced, sound
 
-DIALECTS = [Dialect("completions", 5, True), Dialect("chat", 5, True), Dialect("chat", None, False)]
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just("token_id:7")
 anything = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner), max_leaves=12
 )
 MOST = settings(max_examples=300, deadline=None)
-
-
-def parsed(dialect: Dialect, data: bytes, read: Callable[[Dialect, bytes], Answer] = parse) -> Answer | None:
-    """The answer, checked, or None for a request that failed in a way the harness knows."""
-    try:
-        answer = read(dialect, data)
-    except RequestFailed as error:
-        assert str(error)
-        assert error.kind in ("malformed", "http", "nan")
-        return None
-    assert isinstance(answer, Answer)
-    check(answer)
-    return answer
-
-
-def check(answer: Answer) -> None:
-    """What the rest of the harness relies on."""
-    assert isinstance(answer.text, str)
-    if answer.logprobs is not None:
-        assert answer.tokens is not None
-        assert len(answer.tokens) == len(answer.logprobs)
-        assert all(math.isfinite(value) for value in answer.logprobs)
-        assert not any(math.isnan(value) for values in answer.top_logprobs for value in values)
-        assert len(answer.top_logprobs) in (0, len(answer.logprobs))
-    assert set(digests(answer)) == {"text", "tokens", "logprobs"} - (
-        {"tokens", "logprobs"} if answer.level == "text" else {"logprobs"} if answer.level == "tokens" else set()
-    )
-
-
-def sound(dialect: Dialect, words: int = 3) -> dict:
-    asked = {"prompt": "a b", "messages": [{"content": "a b"}], "max_tokens": words, "model": "m", "logprobs": 5}
-    asked |= {"return_token_ids": dialect.vllm_fields, "return_tokens_as_token_ids": dialect.vllm_fields}
-    return FakeServer(Behaviour()).answer(asked, dialect.endpoint == "chat", None)
-
-
-def places(content, path=()):
-    """Every path into a JSON value."""
-    yield path
-    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    for key, item in items:
-        yield from places(item, (*path, key))
-
-
-def replaced(content, path, value):
-    if not path:
-        return value
-    copy = dict(content) if isinstance(content, dict) else list(content)
-    copy[path[0]] = replaced(copy[path[0]], path[1:], value)
-    return copy
 
 
 @pytest.mark.parametrize("dialect", DIALECTS, ids=str)
@@ -100,10 +45,7 @@ def test_a_sound_answer_with_anything_at_any_place(data, dialect):
         return
     own = parsed(dialect, json.dumps(content).encode())
     assert own is not None
-    for level in set(digests(own)) & set(digests(other)):
-        parted = first_difference(own, other, level, 1, 0)
-        assert (parted is None) == (digests(own)[level] == digests(other)[level])
-    largest_difference(own, other)
+    agree(own, other)
 
 
 @MOST

@@ -3,35 +3,15 @@
 import json
 
 import pytest
-from determinism.protocol import Dialect, parse
+from determinism.protocol import parse
 from determinism.stream import events, parse_stream
-from fake_server import Behaviour, FakeServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_parse_fuzz import DIALECTS, anything, parsed
+from oracle import DIALECTS, parsed, streamed
+from test_parse_fuzz import anything
 
 MOST = settings(max_examples=200, deadline=None)
 ENDS = st.sampled_from(["\n", "\r\n", "\r"])
-
-
-class Kept:
-    """A connection that keeps what is written to it."""
-
-    def raw(self, status: int, data: bytes, kind: str = "") -> None:
-        assert status == 200
-        self.data = data
-
-
-def streamed(dialect: Dialect, tokens: int = 3) -> tuple[bytes, bytes]:
-    """The same answer as a stream and whole."""
-    chat = dialect.endpoint == "chat"
-    asked = {"prompt": "a b", "messages": [{"content": "a b"}], "max_tokens": tokens, "model": "m"}
-    if dialect.top_logprobs is not None:
-        asked["logprobs"] = 5
-    asked |= {"return_token_ids": dialect.vllm_fields, "return_tokens_as_token_ids": dialect.vllm_fields}
-    connection = Kept()
-    FakeServer(Behaviour()).stream(connection, asked, chat, None)  # type: ignore[arg-type]
-    return connection.data, json.dumps(FakeServer(Behaviour()).answer(asked, chat, None)).encode()
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
