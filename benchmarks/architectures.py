@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -41,7 +42,7 @@ from serving import ENVIRONMENTS, KIT, PLAIN  # noqa: E402
 SYSTEMS = (PLAIN, KIT)
 PROMPTS = (5, 7, 16, 17, 33, 64, 90, 128, 150, 201, 256, 400)
 """The lengths in tokens of the prompts that are compared."""
-OTHERS, LONGEST_OTHER, ROUNDS = 40, 450, 4
+OTHERS, LONGEST_OTHER = 40, 450
 TOKENS_OUT = 24
 WINDOW = 64
 """Of attention, where it slides: shorter than half of the prompts."""
@@ -201,7 +202,7 @@ class Engine:
             for output in outputs
         ]
 
-    def compare(self) -> dict[str, int]:
+    def compare(self, rounds: int) -> dict[str, int]:
         """How many answers there were in a crowd, and how many of them differ from those alone."""
         generator = random.Random(0)
 
@@ -209,9 +210,11 @@ class Engine:
             return generator.choices(range(2, self.vocabulary), k=length)
 
         prompts = [prompt(length) for length in PROMPTS]
+        begin = time.monotonic()
         alone = [self.answers([one], [TOKENS_OUT])[0] for one in prompts]
+        print(f"architectures: alone {time.monotonic() - begin:.1f} s", flush=True)
         found = {"answers": 0, "tokens": 0, "logprobs": 0}
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             others = [prompt(generator.randint(1, LONGEST_OTHER)) for _ in range(OTHERS)]
             tokens_out = [TOKENS_OUT] * len(prompts) + [generator.randint(1, 2 * TOKENS_OUT) for _ in others]
             crowd = [*prompts, *others]
@@ -222,12 +225,13 @@ class Engine:
                     found["answers"] += 1
                     found["tokens"] += answer[0] != alone[i][0]
                     found["logprobs"] += answer != alone[i]
+            print(f"architectures: {time.monotonic() - begin:.1f} s, {found}", flush=True)
         return found
 
 
-def worker(model: str, dtype: str, result: Path) -> None:
+def worker(model: str, dtype: str, rounds: int, result: Path) -> None:
     engine = Engine(model, dtype)
-    found = {"head_size": engine.head_size, "backend": engine.backend(), **engine.compare()}
+    found = {"head_size": engine.head_size, "backend": engine.backend(), **engine.compare(rounds)}
     result.write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -237,30 +241,35 @@ def environment(system: str) -> dict[str, str]:
     path = [str(ROOT / "vllm"), str(ROOT)] if system == KIT else []
     env["PYTHONPATH"] = os.pathsep.join([*path, *filter(None, [env.get("PYTHONPATH")])])
     cache = env.get("VLLM_CACHE_ROOT") or str(Path.home() / ".cache" / "vllm")
-    # in one process an engine starts sooner; FlashInfer's sampler would be compiled first and is not used here
-    return {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0", **env} | {
+    # an engine in one process starts sooner; FlashInfer's sampler would be compiled first and is not used here; the
+    # engines share the cores, on which a waiting thread must not spin
+    defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0", "OMP_WAIT_POLICY": "PASSIVE"}
+    return defaults | env | {
         "VLLM_CACHE_ROOT": f"{cache}-{system}", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
 
 
 def last_error(log: Path) -> str:
+    """The newest line of a log that tells of one, else its last line."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "rror" in line or "refusing" in line]
+    errors = [
+        line for line in lines if re.search("[Ee]rror|refusing", line) and not re.search(" (INFO|WARNING) ", line)
+    ]
     return (errors or lines or ["no word"])[-1][:300]
 
 
 class Trial:
     """A case in one dtype, served by both systems at once."""
 
-    def __init__(self, name: str, dtype: str, folder: Path, logs: Path, programs: Programs) -> None:
+    def __init__(self, name: str, dtype: str, rounds: int, folder: Path, logs: Path, programs: Programs) -> None:
         self.name, self.dtype, self.begin = name, dtype, time.monotonic()
         model = folder / f"{name}-{dtype}"
         make_model(CASES[name], dtype, model)
         self.engines: dict[str, Program] = {}
         self.results = {system: folder / f"{name}-{dtype}-{system}.json" for system in SYSTEMS}
         for system, result in self.results.items():
-            command = [sys.executable, __file__, "--worker", str(model), dtype, str(result)]
+            command = [sys.executable, __file__, "--worker", str(model), dtype, str(rounds), str(result)]
             log = logs / f"architectures-{name}-{dtype}-{system}.log"
             self.engines[system] = programs.start(f"{name} {dtype} {system}", command, environment(system), log)
 
@@ -326,7 +335,7 @@ def trials(chosen: list[tuple[str, str]], arguments: argparse.Namespace) -> Iter
     with tempfile.TemporaryDirectory() as folder, Programs() as programs:
         while waiting or running:
             if waiting and len(running) < arguments.jobs:
-                running.append(Trial(*waiting.pop(0), Path(folder), arguments.logs, programs))
+                running.append(Trial(*waiting.pop(0), arguments.rounds, Path(folder), arguments.logs, programs))
             for trial in [trial for trial in running if trial.ended(arguments.limit)]:
                 running.remove(trial)
                 yield columns | trial.row()
@@ -358,21 +367,23 @@ def command(arguments: argparse.Namespace) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
     dtypes = list(dict.fromkeys(dtype for case in CASES.values() for dtype in case.dtypes))
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes)
+    parser.add_argument("--rounds", type=int, default=4, help="crowds that every prompt is asked in (default: 4)")
     parser.add_argument("--jobs", type=int, default=1, help="cases at a time, of two engines each (default: 1)")
     parser.add_argument("--limit", type=float, default=900, help="seconds that a case may take (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "evidence" / "architectures.csv")
     parser.add_argument("--logs", type=Path, default=ROOT / "benchmarks" / "results", help="the folder of the logs")
     arguments = parser.parse_args()
     if arguments.worker:
-        model, dtype, result = arguments.worker
-        worker(model, dtype, Path(result))
+        model, dtype, rounds, result = arguments.worker
+        worker(model, dtype, int(rounds), Path(result))
         return 0
-    if arguments.jobs < 1:
-        parser.error(f"--jobs={arguments.jobs} is not valid: at least 1 is needed")
+    for option in ("rounds", "jobs"):
+        if (value := getattr(arguments, option)) < 1:
+            parser.error(f"--{option}={value} is not valid: at least 1 is needed")
     return run_command("architectures", lambda: command(arguments))
 
 
