@@ -265,9 +265,14 @@ class Trial:
     def __init__(self, name: str, dtype: str, rounds: int, folder: Path, logs: Path, programs: Programs) -> None:
         self.name, self.dtype, self.begin = name, dtype, time.monotonic()
         model = folder / f"{name}-{dtype}"
-        make_model(CASES[name], dtype, model)
         self.engines: dict[str, Program] = {}
         self.results = {system: folder / f"{name}-{dtype}-{system}.json" for system in SYSTEMS}
+        self.errors: list[str] = []
+        try:
+            make_model(CASES[name], dtype, model)
+        except Exception as error:  # whatever a release of transformers may raise for a model that it does not know
+            self.errors.append(f"the model cannot be made: {type(error).__name__}: {error}")
+            return
         for system, result in self.results.items():
             command = [sys.executable, __file__, "--worker", str(model), dtype, str(rounds), str(result)]
             log = logs / f"architectures-{name}-{dtype}-{system}.log"
@@ -280,7 +285,7 @@ class Trial:
 
     def row(self) -> dict[str, Any]:
         """Stops what still runs and gives the row of the CSV, without the machine's columns."""
-        found, errors = {}, []
+        found, errors = {}, list(self.errors)
         for system, engine in self.engines.items():
             late = engine.process.poll() is None
             engine.stop()
@@ -292,7 +297,7 @@ class Trial:
         return {
             "case": self.name,
             "dtype": self.dtype,
-            "backend": kit.get("backend", ""),
+            "kit_backend": kit.get("backend", ""),
             "plain_backend": plain.get("backend", ""),
             "head_size": (kit or plain).get("head_size", ""),
             "answers": (kit or plain).get("answers", ""),
@@ -324,7 +329,10 @@ def machine() -> dict[str, str]:
     gpu, driver = processor(), ""
     if torch.version.cuda:
         ask = ["nvidia-smi", "--id=0", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        gpu, driver = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip().split(", ")
+        try:
+            gpu, driver = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip().split(", ")
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise Failure(f"this torch is built for a GPU, of which nvidia-smi tells nothing: {error}") from None
     return {"gpu": gpu, "driver": driver, "vllm": vllm, "torch": torch.__version__, "triton": triton.__version__}
 
 
@@ -343,9 +351,12 @@ def trials(chosen: list[tuple[str, str]], arguments: argparse.Namespace) -> Iter
 
 
 def line(row: dict[str, Any]) -> str:
-    differ = (f"{system} {row[f'{system}_logprobs']!s:>2} ({row[f'{system}_tokens']} tokens)" for system in SYSTEMS)
-    what = f"{row['verdict']:12}  {row['case']:15} {row['dtype']:8}  {row['backend']:15} head {row['head_size']!s:3}"
-    return f"{what}  of {row['answers']} differ: {', '.join(differ)}  {row['seconds']:.0f} s  {row['error']}".rstrip()
+    said = f"{row['verdict']:12}  {row['case']:15} {row['dtype']:8}  {row['seconds']:4.0f} s  "
+    if row["verdict"] == "ERROR":
+        return said + row["error"]
+    differ = (f"{system} {row[f'{system}_logprobs']:2} ({row[f'{system}_tokens']} in tokens)" for system in SYSTEMS)
+    backends = " / ".join(dict.fromkeys(row[f"{system}_backend"] for system in SYSTEMS))
+    return f"{said}of {row['answers']} differ: {', '.join(differ)}; head {row['head_size']}, {backends}"
 
 
 def command(arguments: argparse.Namespace) -> int:
