@@ -55,7 +55,7 @@ class Tile:
     form: str = PLAIN
 
     def __post_init__(self) -> None:
-        powers = {"m": (16, 256), "n": (8, 256), "k": (16, 256), "warps": (1, 16)}
+        powers = {"m": (16, 256), "n": (16, 256), "k": (16, 256), "warps": (1, 16)}
         for name, (low, high) in powers.items():
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high or value & (value - 1):

@@ -5,7 +5,8 @@
     python benchmarks/plot.py proof      one of them
 
 `proof` reads the harness's reports in docs/evidence/demo-h100/ and writes docs/images/proof.svg. The other pictures are
-drawn where their CSV is in benchmarks/results/: `matmul` (ratio to cuBLAS against M), `cpu_serving` and `harness`.
+drawn where their results are in benchmarks/results/: `matmul` (ratio to cuBLAS against M), `matmul_shares` (of what the
+card can), `serving` (ratio to plain vLLM by workload), `cpu_serving` and `harness`.
 """
 
 import argparse
@@ -25,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 IMAGES = ROOT / "docs" / "images"
 GREY, ORANGE, BLUE, GREEN = "#8a8f98", "#d9772b", "#3d8bd4", "#3a9d5d"
+H200_GB_PER_S, H200_TFLOPS = 4300, 790
+"""What an H200 was seen to reach: a large copy, reads and writes together, and a large matrix product in bf16."""
 STYLE = {
     "svg.hashsalt": "batch-invariant",
     "font.size": 10,
@@ -80,30 +83,107 @@ def proof() -> None:
     save(figure, "proof")
 
 
+GEMM_COLOURS = {
+    "cublas as shipped": "black",
+    "auto": BLUE,
+    "triton": GREEN,
+    "vllm-0.33": ORANGE,
+    "thinking-machines": GREY,
+}
+
+
+def gemms(name: str) -> list[dict]:
+    """The rows of one run of matmul.py in bf16; none where there is no such file."""
+    path = RESULTS / f"{name}.csv"
+    if not path.is_file():
+        return []
+    return [row for row in csv.DictReader(path.open(encoding="utf-8")) if row["dtype"] == "bf16"]
+
+
+def by_rows(rows: list[dict], key: str) -> dict[str, dict[int, float]]:
+    """The geometric mean of one column over all shapes, by implementation and M."""
+    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        found[row["implementation"]][int(row["m"])].append(math.log(float(row[key])))
+    return {
+        name: {m: math.exp(statistics.fmean(values)) for m, values in sorted(by_m.items())}
+        for name, by_m in found.items()
+    }
+
+
 def matmul() -> None:
-    """Each implementation's time over cuBLAS as shipped against M, the geometric mean over all shapes of the CSV."""
-    path = RESULTS / "matmul.csv"
+    """Each implementation's time over cuBLAS as shipped against M, the geometric mean over all shapes of each CSV."""
+    runs = [rows for name in ("matmul", "matmul-h100") if (rows := gemms(name))]
+    if not runs:
+        return
+    figure, axes = plt.subplots(
+        1, len(runs), figsize=(4.8 * len(runs), 3.2), layout="constrained", sharey=True, squeeze=False
+    )
+    for side, rows in zip(axes[0], runs, strict=True):
+        for name, ratios in by_rows(rows, "ratio").items():
+            if name != "cublas as shipped":
+                side.plot([*ratios], [*ratios.values()], color=GEMM_COLOURS[name], label=name, marker=".")
+        side.axhline(1, color="black", linewidth=0.8)
+        side.set_xscale("log", base=2)
+        side.set_ylim(bottom=0)
+        side.set_xlabel("M, rows")
+        side.set_title(rows[0]["gpu"], fontsize=10)
+    axes[0][0].set_ylabel("time ÷ cuBLAS as shipped")
+    axes[0][0].legend(frameon=False)
+    save(figure, "matmul")
+
+
+def matmul_shares() -> None:
+    """How near each comes to what an H200 can: of its bandwidth where there are few rows, of its arithmetic beyond."""
+    rows = [row for row in gemms("matmul") if int(row["n"]) * int(row["k"]) >= 2**24]
+    if not rows:
+        return
+    figure, sides = plt.subplots(1, 2, figsize=(9.6, 3.2), layout="constrained")
+    wanted = ((sides[0], "gb_per_s", H200_GB_PER_S, range(1, 65)), (sides[1], "tflops", H200_TFLOPS, range(64, 8193)))
+    for side, key, ceiling, sizes in wanted:
+        for name, values in by_rows(rows, key).items():
+            shown = {m: 100 * value / ceiling for m, value in values.items() if m in sizes}
+            side.plot([*shown], [*shown.values()], color=GEMM_COLOURS[name], label=name, marker=".")
+        side.set_xscale("log", base=2)
+        side.set_ylim(0, 105)
+        side.set_xlabel("M, rows")
+        side.set_ylabel(f"% of {ceiling:,} {'GB/s' if key == 'gb_per_s' else 'TFLOP/s'}")
+    figure.suptitle(f"{rows[0]['gpu']}, weights of 32 MiB and more", fontsize=10)
+    sides[1].legend(frameon=False)
+    save(figure, "matmul_shares")
+
+
+def serving() -> None:
+    """GPU time over plain vLLM's by workload, of each release; for long contexts the time of a token."""
+    path = RESULTS / "serving.json"
     if not path.is_file():
         return
-    rows = [row for row in csv.DictReader(path.open(encoding="utf-8")) if row["dtype"] == "bf16"]
-    colours = {"auto": BLUE, "triton": GREEN, "vllm-0.33": ORANGE, "thinking-machines": GREY}
-    figure, axes = plt.subplots(figsize=(7.2, 3.4), layout="constrained")
-    for name, colour in colours.items():
-        by_m: dict[int, list[float]] = defaultdict(list)
-        for row in rows:
-            if row["implementation"] == name:
-                by_m[int(row["m"])].append(math.log(float(row["ratio"])))
-        if by_m:
-            sizes = sorted(by_m)
-            axes.plot(sizes, [math.exp(statistics.fmean(by_m[m])) for m in sizes], color=colour, label=name, marker=".")
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xscale("log", base=2)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("M, rows")
-    axes.set_ylabel("time ÷ cuBLAS as shipped")
-    axes.set_title(rows[0]["gpu"], fontsize=10)
-    axes.legend(frameon=False)
-    save(figure, "matmul")
+    releases = json.loads(path.read_text(encoding="utf-8"))["releases"]
+    panels = []
+    for release, found in releases.items():
+        for key, what in (("gpu_ratio", "GPU time"), ("ratio", "time of a token")):
+            chosen = {
+                name: {system: entry[key] for system, entry in systems.items()}
+                for name, systems in found["workloads"].items()
+                if ("gpu_ratio" in systems["plain"]) == (key == "gpu_ratio")
+            }
+            if chosen:
+                panels.append((f"vLLM {release}, {found['gpu']}: {what}", chosen))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.4 * len(panels), 2.8), layout="constrained", sharey=True, squeeze=False
+    )
+    systems = {"vllm-own-mode": ("vLLM's own batch-invariant mode", GREY), "kit": ("this kit", BLUE)}
+    for side, (title, workloads) in zip(axes[0], panels, strict=True):
+        for offset, (system, (label, colour)) in enumerate(systems.items()):
+            places = [place + (offset - 0.5) * 0.38 for place in range(len(workloads))]
+            bars = side.bar(places, [one[system] for one in workloads.values()], 0.36, color=colour, label=label)
+            side.bar_label(bars, fmt="%.2f", fontsize=8)
+        side.axhline(1, color="black", linewidth=0.8)
+        side.set_xticks(range(len(workloads)), [*workloads])
+        side.set_title(title, fontsize=10)
+    axes[0][0].set_ylabel("÷ vLLM as shipped")
+    axes[0][0].legend(frameon=False, fontsize=9)
+    save(figure, "serving")
 
 
 def cpu_serving() -> None:
@@ -142,7 +222,10 @@ def harness() -> None:
     save(figure, "harness")
 
 
-PICTURES = {"proof": proof, "matmul": matmul, "cpu_serving": cpu_serving, "harness": harness}
+PICTURES = {
+    "proof": proof, "matmul": matmul, "matmul_shares": matmul_shares, "serving": serving, "cpu_serving": cpu_serving,
+    "harness": harness,
+}  # fmt: skip
 
 
 def main() -> None:

@@ -8,7 +8,8 @@ of all kernels of one more call under torch's profiler, which also says which ke
 
     python3 benchmarks/serving.py --model .demo/llama-8b-8layers
 
-writes serving.csv (a line a call), serving.json (ratios to plain vLLM) and serving_kernels.csv to benchmarks/results/.
+writes to benchmarks/results/ a line a call (serving-RELEASE.csv), each call's kernels (serving-RELEASE-kernels.csv) and
+the ratios to plain vLLM, by release (serving.json, in which other releases and workloads stay).
 """
 
 import argparse
@@ -234,9 +235,9 @@ def measure(workers: list[Worker], workloads: list[str], rounds: int, gpu_ms: di
         print(f"{name}: " + ", ".join(f"{s} {statistics.median(t):.3f} s" for s, t in seconds.items()), flush=True)
 
 
-def record(folder: Path, versions: dict[str, str], found) -> list[dict]:
+def record(folder: Path, name: str, versions: dict[str, str], found) -> list[dict]:
     """Write each row to its CSV when it comes, so that a run that is cut short keeps what it has; returns the calls."""
-    names = {"call": "serving.csv", "kernel": "serving_kernels.csv"}
+    names = {"call": f"{name}.csv", "kernel": f"{name}-kernels.csv"}
     calls: list[dict] = []
     with contextlib.ExitStack() as stack:
         files = {
@@ -256,11 +257,21 @@ def record(folder: Path, versions: dict[str, str], found) -> list[dict]:
     return calls
 
 
+def add_to(path: Path, versions: dict[str, str], starts: dict, workloads: dict) -> None:
+    """Put a run's figures into the summary, in the place of those of the same release and workloads."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    release = content.setdefault("releases", {}).setdefault(versions["vllm"], {})
+    release |= versions | {"start": starts, "workloads": release.get("workloads", {}) | workloads}
+    text = json.dumps({"ratio_to": PLAIN, "releases": content["releases"]}, indent=2)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--model", help="its folder; vllm/tiny_model.py --preset llama-8b-8layers makes one")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="the folder to write to")
+    parser.add_argument("--name", default="serving", help="what the CSV's name begins with (default: %(default)s)")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS | CONTEXTS, default=list(WORKLOADS))
     parser.add_argument("--systems", nargs="+", choices=ENVIRONMENTS, default=list(ENVIRONMENTS))
     parser.add_argument("--rounds", type=int, default=5)
@@ -297,13 +308,13 @@ def main() -> None:
         starts = {name: start for name, (_, start) in answers.items()}
         print("start:", ", ".join(f"{name} {start}" for name, start in starts.items()), flush=True)
         gpu_ms: dict = {}
-        rows = record(arguments.out, versions, measure(workers, arguments.workloads, arguments.rounds, gpu_ms))
+        name = f"{arguments.name}-{versions['vllm']}"
+        rows = record(arguments.out, name, versions, measure(workers, arguments.workloads, arguments.rounds, gpu_ms))
     finally:
         for one in workers:
             one.stop()
     found = summary(rows, gpu_ms)
-    text = json.dumps({**versions, "ratio_to": PLAIN, "start": starts, "workloads": found}, indent=2)
-    (arguments.out / "serving.json").write_text(text + "\n", encoding="utf-8")
+    add_to(arguments.out / "serving.json", versions, starts, found)
     for name, systems in found.items():
         print(
             f"{name:8}",

@@ -16,6 +16,7 @@ HOOKED = {
     "vllm.model_executor.determinism.batch_invariant",
     "vllm.model_executor.layers.layernorm",
     "vllm.model_executor.layers.utils",
+    "vllm.v1.sample.ops.topk_topp_sampler",
     "vllm.v1.worker.gpu_worker",
     "vllm.v1.metrics.prometheus",
 }

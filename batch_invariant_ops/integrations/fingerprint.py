@@ -72,10 +72,14 @@ def of_worker(config: Any, device: Any, model: Any) -> Fields:
 
     Nothing where it cannot be found: the server's fingerprint then holds what its other process knows.
     """
+    from batch_invariant_ops.integrations import unproven
+
     try:
         attention = [module for module in model.modules() if hasattr(module, "get_attn_backend")]
         backends = fingerprint.names(module.get_attn_backend().get_name() for module in attention)
         known = of_config(config) | fingerprint.device(device)
+        if device.type == "cuda" and (found := unproven.attention(model)):
+            known["unproven"] = ", ".join([*filter(None, [known["unproven"]]), *found])
         return known | ({"attention_backend": backends} if backends else {})
     except Exception as error:
         logger.warning("the fingerprint lacks what the worker knows: %s", error or type(error).__name__)

@@ -25,6 +25,28 @@ _QUESTIONS: tuple[Callable[[Any], str | None], ...] = (
 )
 
 
+FLASH_ATTENTION = "FLASH_ATTN"
+PROVEN_HEADS = (96, 128, 256)
+"""Sizes at which FlashAttention 3 was seen to keep a request's bits (docs/evidence/serving-h200)."""
+
+
+def attention(model: Any) -> list[str]:
+    """What of a loaded model's attention layers on a GPU is not proven, as :func:`unproven` says it.
+
+    FlashAttention 3 picks the length of its steps along the keys by the longest query, and with a window by the longest
+    context, of the whole batch. At a head size of 64 a request then has other bits beside a prompt than beside answers.
+    """
+    found = set()
+    for layer in model.modules():
+        if not hasattr(layer, "get_attn_backend") or layer.get_attn_backend().get_name() != FLASH_ATTENTION:
+            continue
+        if layer.head_size not in PROVEN_HEADS:
+            found.add(f"FlashAttention with heads of {layer.head_size}")
+        if getattr(layer, "sliding_window", None) is not None:
+            found.add("FlashAttention with a sliding window")
+    return [f"{what} (VLLM_ATTENTION_BACKEND=TRITON_ATTN does without it)" for what in sorted(found)]
+
+
 def unproven(config: Any) -> list[str]:
     """What of a ``VllmConfig`` is not proven, in the order of the table above; empty where all of it is."""
     return [found for question in _QUESTIONS if (found := question(config)) is not None]

@@ -17,7 +17,6 @@ ALIKE_PLAIN, ALIKE_COPYING = 2, 3
 """Instead, of one size, order and form, where there are several forms."""
 FEW_ROWS, COPYING_FEW = 64, 10
 """With fewer rows the weights are waited for, however they come: then so many of all candidates copy."""
-NARROW, LONG = 16, 2048
 GROUPS = (4, 16)
 REGROUPED = 6
 ACCUMULATORS = 128
@@ -64,15 +63,7 @@ class Card:
 def candidates(m: int, n: int, k: int, card: Card, limit: int = LIMIT) -> list[Tile]:
     """Tiles for x [m, k] · w [n, k]ᵀ of 16-bit operands, by a rough guess of their time; at most ``limit``, and a few
     of the best once more with other groups where there are columns of tiles to group."""
-    chosen = _best_of(_fitting(m, n, k, card), m, n, k, card, limit)
-    several = [tile for tile in chosen if m >= 4 * tile.m]
-    narrow = _best_of(_narrow(m, n, k, card), m, n, k, card, NARROW)
-    return chosen + narrow + [replace(tile, group=group) for tile in several[:REGROUPED] for group in GROUPS]
-
-
-def _best_of(tiles: list[Tile], m: int, n: int, k: int, card: Card, limit: int) -> list[Tile]:
-    """Those that are guessed to be the fastest, but of each kind a few."""
-    guessed = sorted((guess(tile, m, n, k, card), repr(tile), tile) for tile in tiles)
+    guessed = sorted((guess(tile, m, n, k, card), repr(tile), tile) for tile in _fitting(m, n, k, card))
     few, copies = m < FEW_ROWS, any(tile.form != PLAIN for _, _, tile in guessed)
     alike = {True: ALIKE_PLAIN if copies and not few else ALIKE, False: ALIKE_COPYING}
     chosen: list[Tile] = []
@@ -85,21 +76,8 @@ def _best_of(tiles: list[Tile], m: int, n: int, k: int, card: Card, limit: int) 
         if len(chosen) < limit and seen[size] < alike[plain] and seen[twins] < TWINS and not enough:
             seen.update((size, twins, (plain,)))
             chosen.append(tile)
-    return chosen
-
-
-def _narrow(m: int, n: int, k: int, card: Card) -> list[Tile]:
-    """For few rows and columns over a long K, where usual tiles leave multiprocessors idle: ones of 8 or 16 columns,
-    on more warps than have sums to hold, which read."""
-    if -(-m // 16) * -(-n // 16) > 2 * card.multiprocessors or k < LONG:
-        return []
-    heights = [height for height in (16, 32) if height < 2 * m or height == 16]
-    copying = [COPYING] if card.capability >= (9, 0) and matmul.copies(n, k) else []
-    found = []
-    for height, width, depth, warps in itertools.product(heights, (8, 16), (128, 256), (1, 2, 4)):
-        for form in (PLAIN, *copying):
-            found += _staged(Tile(height, width, depth, warps, 1, form=form), -(-k // depth), card)
-    return [tile for tile in found if (tile.n, tile.warps) != (16, 1) or tile.form != PLAIN]
+    several = [tile for tile in chosen if m >= 4 * tile.m]
+    return chosen + [replace(tile, group=group) for tile in several[:REGROUPED] for group in GROUPS]
 
 
 def _fitting(m: int, n: int, k: int, card: Card) -> list[Tile]:

@@ -86,6 +86,75 @@ def test_the_switch_lets_it_serve_and_says_so_in_the_log(monkeypatch, caplog):
     assert "serving what is not proven to be batch invariant: quantization=awq, LoRA" in caplog.text
 
 
+class Layer:
+    """An attention layer as vLLM has them."""
+
+    def __init__(self, head_size=128, sliding_window=None, backend="FLASH_ATTN"):
+        self.head_size, self.sliding_window = head_size, sliding_window
+        self.get_attn_backend = lambda: SimpleNamespace(get_name=lambda: backend)
+
+
+def attention(*layers):
+    return unproven.attention(SimpleNamespace(modules=lambda: [object(), *layers]))
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (Layer(64), "FlashAttention with heads of 64"),
+        (Layer(80), "FlashAttention with heads of 80"),
+        (Layer(256, 4096), "FlashAttention with a sliding window"),
+    ],
+)
+def test_attention_that_goes_by_its_batch_is_named_once_with_a_way_out(layer, words):
+    assert attention(Layer(), layer, layer) == [f"{words} (VLLM_ATTENTION_BACKEND=TRITON_ATTN does without it)"]
+
+
+def test_attention_that_does_not_is_not():
+    layers = [Layer(size) for size in unproven.PROVEN_HEADS]
+    assert attention(*layers, Layer(64, 512, "TRITON_ATTN"), Layer(64, None, "CPU_ATTN")) == []
+
+
+def test_such_attention_stops_a_server_on_a_gpu_before_it_answers(monkeypatch, capsys):
+    monkeypatch.delenv(unproven.SWITCH, raising=False)
+    model = SimpleNamespace(modules=lambda: [Layer(64)])
+    with pytest.raises(SystemExit) as stopped:
+        integration._check(config(), SimpleNamespace(type="cuda"), model)
+    assert stopped.value.code == 70 and "heads of 64" in capsys.readouterr().err
+
+
+class Sampler:
+    """The parts of vLLM's sampler module that cut to the likeliest tokens, as 0.26 has them."""
+
+    HAS_TRITON = True
+
+    def __init__(self):
+        self.ran = []
+
+    def apply_top_k_top_p(self, logits, k, p):
+        self.ran.append("by the number of rows")
+
+    def apply_top_k_top_p_triton(self, logits, k, p):
+        self.ran.append("a row")
+
+
+@pytest.mark.parametrize(
+    ("is_cuda", "k", "has_triton", "ran"),
+    [
+        (True, 5, True, "a row"),
+        (True, None, True, "by the number of rows"),
+        (True, 5, False, "by the number of rows"),
+        (False, 5, True, "by the number of rows"),
+    ],
+)
+def test_one_kernel_cuts_to_the_likeliest_tokens_whatever_the_number_of_rows(is_cuda, k, has_triton, ran):
+    sampler = Sampler()
+    sampler.HAS_TRITON = has_triton
+    integration._patch_sampler(sampler)
+    sampler.apply_top_k_top_p(SimpleNamespace(is_cuda=is_cuda), k, None)
+    assert sampler.ran == [ran]
+
+
 REAL = """
 import json, sys
 from batch_invariant_ops.integrations.unproven import unproven
