@@ -50,6 +50,15 @@ def every_tile():
     return sorted(own | others | {tiles.SAFE} | forms, key=repr)
 
 
+def extremes():
+    """Of the tiles that do not read through pointers, the smallest and the largest of each way to work."""
+    found = {}
+    for tile in every_tile():
+        if tile.form != tiles.PLAIN:
+            found.setdefault((tile.form, tile.swap, tile.parts), []).append(tile)
+    return {choose(alike, key=lambda tile: tile.m * tile.n) for alike in found.values() for choose in (min, max)}
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
 def test_every_tile_gives_the_same_bits(dtype):
     x, w, _ = probe(200, 520, 1024, dtype, GPU)
@@ -66,10 +75,9 @@ def test_every_form_gives_the_same_bits_at_every_edge(dtype, n, k):
     x, w, bias = probe(700, n, k, dtype, GPU, True)
     for b in (None, bias):
         expected = matmul.gemm(x, w.t(), b, tile=tiles.SAFE)
-        for tile in every_tile():
-            if tile.form != tiles.PLAIN:
-                for m in (1, 65, 300, 700):
-                    assert same_bits(matmul.gemm(x[:m], w.t(), b, tile=tile), expected[:m]), (tile, m)
+        for tile in extremes():
+            for m in (1, 65, 300, 700):
+                assert same_bits(matmul.gemm(x[:m], w.t(), b, tile=tile), expected[:m]), (tile, m)
 
 
 @pytest.mark.parametrize("form", tiles.FORMS)
