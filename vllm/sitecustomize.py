@@ -17,6 +17,7 @@ HOOKED = {
     "vllm.model_executor.layers.layernorm",
     "vllm.model_executor.layers.utils",
     "vllm.v1.sample.ops.topk_topp_sampler",
+    "vllm.v1.worker.gpu_input_batch",
     "vllm.v1.worker.gpu_worker",
     "vllm.v1.metrics.prometheus",
 }

@@ -79,7 +79,7 @@ def of_worker(config: Any, device: Any, model: Any) -> Fields:
         backends = fingerprint.names(module.get_attn_backend().get_name() for module in attention)
         known = of_config(config) | fingerprint.device(device)
         if device.type == "cuda" and (found := unproven.attention(model)):
-            known["unproven"] = ", ".join([*filter(None, [known["unproven"]]), *found])
+            known["unproven"] = ", ".join([*unproven.unproven(config), *found])
         return known | ({"attention_backend": backends} if backends else {})
     except Exception as error:
         logger.warning("the fingerprint lacks what the worker knows: %s", error or type(error).__name__)

@@ -188,6 +188,20 @@ def _patch_sampler(sampler: ModuleType) -> None:
     setattr(sampler, cut.__name__, apply_top_k_top_p)
 
 
+def _patch_input_batch(input_batch: ModuleType) -> None:
+    """Let a seeded request's prompt be computed in pieces on a CPU, where that stops the engine."""
+    create = input_batch.InputBatch.__init__
+
+    def create_with_generators(self: Any, *args: Any, **kwargs: Any) -> None:
+        create(self, *args, **kwargs)
+        if self.device.type == "cpu":
+            from batch_invariant_ops.integrations.cpu_seeds import Generators
+
+            self.generators = Generators()
+
+    input_batch.InputBatch.__init__ = create_with_generators
+
+
 def _patch_worker(worker: ModuleType) -> None:
     """Check the operations on the real device once the model is loaded, and stop if they do not hold."""
     load_model = worker.Worker.load_model
@@ -327,6 +341,7 @@ _PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "vllm.model_executor.layers.layernorm": _patch_layernorm,
     "vllm.model_executor.layers.utils": _patch_layer_utils,
     "vllm.v1.sample.ops.topk_topp_sampler": _patch_sampler,
+    "vllm.v1.worker.gpu_input_batch": _patch_input_batch,
     "vllm.v1.worker.gpu_worker": _patch_worker,
     "vllm.v1.metrics.prometheus": _patch_metrics,
 }
