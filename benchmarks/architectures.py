@@ -14,7 +14,8 @@ with decodes. An answer differs where a token id or a logprob, as a float, is no
     ERROR         an engine gave no answers; the row has its last error
 
 Writes a row a case as it ends, to docs/evidence/architectures.csv; the exit status is 1 if any is FAIL or ERROR. The
-engines' logs are in benchmarks/results/. Needs vLLM and transformers, as the server does; uses a GPU if there is one.
+engines' logs are in benchmarks/results/. Needs vLLM and transformers, as the server does; uses a GPU if there is one,
+with the attention backend that the kit does not refuse for the model, the same for both.
 """
 
 import argparse
@@ -72,6 +73,7 @@ class Case:
         embedding: standard deviation of the embeddings.
         gain: mean of the norms' weights; 0 where the norm adds one to them.
         final_gain: of the last norm's weights. Where tied embeddings must be small it makes up for it in the logits.
+        attention: the backend on a GPU.
     """
 
     config: str
@@ -80,6 +82,7 @@ class Case:
     embedding: float = 1.0
     gain: float = 1.0
     final_gain: float = 1.0
+    attention: str = "TRITON_ATTN"
 
 
 def decoder(hidden: int = 512, heads: int = 8, kv_heads: int = 4, **others: Any) -> dict[str, Any]:
@@ -113,9 +116,9 @@ GPT2_SHAPE = {
 CASES = {
     "llama": Case("LlamaConfig", decoder(), ("bfloat16", "float16", "float32")),
     "llama-tied": Case("LlamaConfig", decoder(tie_word_embeddings=True), embedding=0.1),
-    "llama-head-96": Case("LlamaConfig", decoder(hidden=768)),
-    "llama-head-128": Case("LlamaConfig", decoder(hidden=1024)),
-    "llama-head-256": Case("LlamaConfig", decoder(hidden=1024, heads=4, kv_heads=2)),
+    "llama-head-96": Case("LlamaConfig", decoder(hidden=768), attention="FLASH_ATTN"),
+    "llama-head-128": Case("LlamaConfig", decoder(hidden=1024), attention="FLASH_ATTN"),
+    "llama-head-256": Case("LlamaConfig", decoder(hidden=1024, heads=4, kv_heads=2), attention="FLASH_ATTN"),
     "mistral-window": Case("MistralConfig", decoder(head_dim=64, sliding_window=WINDOW)),
     "qwen2": Case("Qwen2Config", decoder()),
     "qwen3": Case("Qwen3Config", decoder(head_dim=64)),
@@ -172,10 +175,13 @@ def attention_backends(model: Any) -> list[str]:
 class Engine:
     """One system's vLLM, in the worker process."""
 
-    def __init__(self, model: str, dtype: str) -> None:
+    def __init__(self, model: str, dtype: str, attention: str) -> None:
+        import torch
+
         from vllm import LLM
 
-        self.llm = LLM(model, dtype=dtype, **ENGINE)
+        on_gpu = {"attention_backend": attention} if torch.version.cuda else {}
+        self.llm = LLM(model, dtype=dtype, **ENGINE, **on_gpu)
         config = self.llm.llm_engine.model_config
         self.vocabulary, self.head_size = config.get_vocab_size(), config.get_head_size()
 
@@ -229,8 +235,8 @@ class Engine:
         return found
 
 
-def worker(model: str, dtype: str, rounds: int, result: Path) -> None:
-    engine = Engine(model, dtype)
+def worker(name: str, model: str, dtype: str, rounds: int, result: Path) -> None:
+    engine = Engine(model, dtype, CASES[name].attention)
     found = {"head_size": engine.head_size, "backend": engine.backend(), **engine.compare(rounds)}
     result.write_text(json.dumps(found), encoding="utf-8")
 
@@ -274,7 +280,7 @@ class Trial:
             self.errors.append(f"the model cannot be made: {type(error).__name__}: {error}")
             return
         for system, result in self.results.items():
-            command = [sys.executable, __file__, "--worker", str(model), dtype, str(rounds), str(result)]
+            command = [sys.executable, __file__, "--worker", name, str(model), dtype, str(rounds), str(result)]
             log = logs / f"architectures-{name}-{dtype}-{system}.log"
             self.engines[system] = programs.start(f"{name} {dtype} {system}", command, environment(system), log)
 
@@ -378,7 +384,7 @@ def command(arguments: argparse.Namespace) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
     dtypes = list(dict.fromkeys(dtype for case in CASES.values() for dtype in case.dtypes))
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes)
@@ -389,8 +395,8 @@ def main() -> int:
     parser.add_argument("--logs", type=Path, default=ROOT / "benchmarks" / "results", help="the folder of the logs")
     arguments = parser.parse_args()
     if arguments.worker:
-        model, dtype, rounds, result = arguments.worker
-        worker(model, dtype, int(rounds), Path(result))
+        name, model, dtype, rounds, result = arguments.worker
+        worker(name, model, dtype, int(rounds), Path(result))
         return 0
     for option in ("rounds", "jobs"):
         if (value := getattr(arguments, option)) < 1:
