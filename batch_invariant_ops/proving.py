@@ -21,9 +21,9 @@ from batch_invariant_ops.proof import Gemm, Progress, Window, agreement, probe, 
 
 logger = logging.getLogger(__name__)
 
-GRAPH_SIZES = (1, 2, 4, *range(8, 513, 8))
-LARGER_SIZES = (3, 5, 17, 100, 513, 640, 768, 1000, 1024, 1536, 2048, 3000, 4096, 6000, 8192, 12288, 16384)
-SAMPLE = tuple(sorted({*GRAPH_SIZES, *LARGER_SIZES}))
+LARGER_SIZES = (513, 640, 768, 1000, 1024, 1536, 2048, 3000, 4096, 6000, 8192, 12288, 16384)
+SAMPLE = (*range(1, 513), *LARGER_SIZES)
+"""Every M up to the largest CUDA graph's, as steps of prompts and answers have them, and a spread above."""
 REPEATED = (1, 2, 8, 16, 64, 256, 1024, 8192)
 ALIGNMENT = 256
 """Of all operands, in bytes: cuBLASLt chooses its kernel by theirs up to this, and torch's allocator gives more."""
@@ -55,7 +55,7 @@ def settle(case: Case, device: torch.device) -> Window | None:
 
 
 def sample(case: Case, device: torch.device) -> Window | None:
-    """The window over the sizes of CUDA graphs and a spread of larger M."""
+    """The window over a sample of M."""
     sizes = _fitting(case) or [1]
     while True:
         try:
