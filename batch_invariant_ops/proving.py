@@ -44,7 +44,7 @@ def settle(case: Case, device: torch.device) -> Window | None:
         if window is None:
             return None
         repeated = {min(max(size, window.floor), window.cap) for size in REPEATED}
-        # vLLM's steps may be longer than what was proven: to cut them costs a copy of the result
+        # vLLM's steps may be longer than what was proven, and there our kernel would run
         larger = _fitting(case, above=window.cap) if device.type == "cuda" else []
         if all(verdicts := compare(case, device, sorted(repeated | {*larger}))):
             return dataclasses.replace(window, cap=max([window.cap, *larger]))

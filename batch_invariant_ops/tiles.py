@@ -1,8 +1,9 @@
 """Tile shapes of the Triton GEMM: data for speed alone, free to retune, because no entry changes a bit.
 
-A table is a JSON file: bands of M for any shape, and bands for shapes that were measured by themselves. What a card
-runs is, in this order: the table that ``python -m batch_invariant_ops tune`` wrote here for a card of its name; one
-that is shipped for that name; one for its compute capability; else one fixed tile, which fits every card since sm_80.
+A table is a JSON file: bands of M for shapes that were measured, which others go by, too, or bands for any shape. What
+a card runs is, in this order: the table that ``python -m batch_invariant_ops tune`` wrote here for a card of its name;
+one that is shipped for that name; one for its compute capability; else one fixed tile, which fits every card since
+sm_80.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ class Table:
     Attributes:
         capability: (major, minor) of the cards that it is for.
         gpu: the name of the card on which it was measured; None for a reasoned guess.
-        bands: (largest M, tile), ascending, for any shape where no single one was measured.
+        bands: (largest M, tile), ascending, for all shapes where none was measured.
         shapes: the same for single (N, K); others go by the nearest of them.
         faster: (first M, last M) between which our kernel took less time than the vendor's, for single (N, K).
     """
@@ -172,7 +173,7 @@ def faster(n: int, k: int, dtype: torch.dtype, gpu: str, capability: tuple[int, 
 def table_of(gpu: str, capability: tuple[int, int]) -> Table | None:
     """The table that such a card runs, or None; what is not measured there is said in the log, once."""
     major, minor = capability
-    for path in (tuned(gpu), SHIPPED / f"{slug(gpu)}.json", SHIPPED / f"sm_{major}{minor}.json"):
+    for path in (tuned(gpu), shipped(slug(gpu)), shipped(f"sm_{major}{minor}")):
         table = _load(path, capability)
         if table is not None:
             if table.gpu is None:
@@ -180,6 +181,11 @@ def table_of(gpu: str, capability: tuple[int, int]) -> Table | None:
             return table
     logger.info("no tile table for compute capability %d.%d: one fixed tile, correct but slower", *capability)
     return None
+
+
+def shipped(name: str) -> Path:
+    """Where a table that is shipped lies, or would: by a card's :func:`slug`, or its capability, as sm_90."""
+    return SHIPPED / f"{name}.json"
 
 
 def tuned(gpu: str) -> Path:
@@ -218,7 +224,7 @@ def read(path: Path) -> Table:
     content = json.loads(path.read_text(encoding="utf-8"))
     if "base" not in content:
         return parse(content)
-    base = json.loads((SHIPPED / f"{content['base']}.json").read_text(encoding="utf-8"))
+    base = json.loads(shipped(content["base"]).read_text(encoding="utf-8"))
     own, other = parse(base | {"shapes": []} | content), parse(base)
     # where ours is faster than the vendor holds for the card on which both were measured
     faster = other.faster | own.faster if other.gpu == own.gpu else own.faster

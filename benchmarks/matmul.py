@@ -76,7 +76,7 @@ class Case:
         run = implementation(name)
         generator = torch.Generator(device="cuda").manual_seed(m)
         x = torch.randn(m, weights[0].shape[1], device="cuda", generator=generator).to(weights[0].dtype)
-        self.x = x  # the graph reads it, and keeps it not
+        self.x = x  # the graph reads it, but does not keep it
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream), torch.no_grad():
             for w in weights[:2]:

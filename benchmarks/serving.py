@@ -21,6 +21,7 @@ import random
 import statistics
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,14 +64,13 @@ CONTEXTS = {
     "4x32k": Workload(4, 32768, 129, decode_only=True),
 }
 """Asked for by name: how long 128 further tokens take after a long prompt."""
+ALL = WORKLOADS | CONTEXTS
 
 
 class System:
     """One engine, in the worker process; asked with one JSON object a line."""
 
     def __init__(self, arguments: dict) -> None:
-        import time
-
         begin = time.perf_counter()
         from vllm import LLM
 
@@ -83,8 +83,6 @@ class System:
         if workload.decode_only:
             whole = replace(workload, decode_only=False)
             return self.generate(whole, seed) - self.generate(replace(whole, tokens_out=1), seed)
-        import time
-
         from vllm import SamplingParams
 
         generator = random.Random(seed)
@@ -217,7 +215,7 @@ def measure(workers: list[Worker], workloads: list[str], rounds: int, gpu_ms: di
     Fills ``gpu_ms``, the GPU's milliseconds by (workload, system).
     """
     for name in workloads:
-        workload = vars((WORKLOADS | CONTEXTS)[name])
+        workload = vars(ALL[name])
         seconds: dict[str, list[float]] = {one.name: [] for one in workers}
         for one in workers:
             one.ask(do="generate", workload=workload, seed=-2)
@@ -272,7 +270,7 @@ def main() -> None:
     parser.add_argument("--model", help="its folder; vllm/tiny_model.py --preset llama-8b-8layers makes one")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="the folder to write to")
     parser.add_argument("--name", default="serving", help="what the CSV's name begins with (default: %(default)s)")
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS | CONTEXTS, default=list(WORKLOADS))
+    parser.add_argument("--workloads", nargs="+", choices=ALL, default=list(WORKLOADS))
     parser.add_argument("--systems", nargs="+", choices=ENVIRONMENTS, default=list(ENVIRONMENTS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--max-model-len", type=int, help="(default: what the workloads need)")
@@ -289,7 +287,7 @@ def main() -> None:
     if PLAIN not in arguments.systems:
         parser.error(f"--systems={' '.join(arguments.systems)!r} is not valid: {PLAIN} is what the others are held to")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    asked = [(WORKLOADS | CONTEXTS)[name] for name in arguments.workloads]
+    asked = [ALL[name] for name in arguments.workloads]
     longest = max(8192, *(workload.tokens_in + workload.tokens_out for workload in asked))
     engine = {
         "model": arguments.model,

@@ -173,8 +173,8 @@ def test_a_shape_that_was_not_measured_goes_by_the_nearest_that_was():
     })  # fmt: skip
     assert [table.tile(1, *shape) for shape in ((512, 1024), (5000, 3000), (5000, 300))] == [first, second, third]
     assert table.tile(9, 5000, 3000) == SAFE and table.nearest(4096, 4096) == (4096, 4096)
-    # a half of N is as far as a quarter of K
-    assert table.nearest(2048, 4096) == (4096, 4096) and table.nearest(4096, 1000) in {(4096, 4096), (4096, 256)}
+    # N counts twice as much as K: of (1300, 4096), the one with near the same N and a quarter of K is the nearer
+    assert table.nearest(1300, 4096) == (1024, 1024) and table.nearest(4096, 1000) == (4096, 256)
 
 
 def test_a_table_without_shapes_has_its_bands_for_all():

@@ -111,7 +111,7 @@ def _tune(tune: Run, path: Path, dtype: str) -> int:
     ratio = bands.over_fixed(found[point] for point in tune.points if point in found)
     about: dict[str, Any] = {"driver": card.driver, "torch": card.torch, "triton": card.triton, "dtype": dtype}
     about |= {"date": time.strftime("%Y-%m-%d", time.gmtime()), "over_fixed_tile": ratio and round(ratio, 3)}
-    shipped = tiles.SHIPPED / f"{tiles.slug(card.gpu)}.json"
+    shipped = tiles.shipped(tiles.slug(card.gpu))
     if shipped.is_file() and shipped.resolve() != path.resolve():
         about["base"] = tiles.slug(card.gpu)  # whose shapes a server has, too
     told = measurements({point: what for point, what in found.items() if (point.n, point.k) in table.shapes})

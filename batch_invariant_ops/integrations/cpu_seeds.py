@@ -32,7 +32,7 @@ class Rewinding(torch.Generator):
         return self
 
 
-class Generators(dict[int, torch.Generator]):
+class Generators(dict[int, Any]):
     """A batch's generators by request; samplers ask for its items right before they draw.
 
     A request that leaves the batch, preempted maybe, takes along what was drawn: vLLM puts its own generator in again.
@@ -49,6 +49,5 @@ class Generators(dict[int, torch.Generator]):
 
     def items(self) -> Any:
         for generator in self.values():
-            if isinstance(generator, Rewinding):
-                generator.before = generator.get_state()
+            generator.before = generator.get_state()
         return super().items()

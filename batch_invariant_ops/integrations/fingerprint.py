@@ -75,11 +75,9 @@ def of_worker(config: Any, device: Any, model: Any) -> Fields:
     from batch_invariant_ops.integrations import unproven
 
     try:
-        attention = [module for module in model.modules() if hasattr(module, "get_attn_backend")]
-        backends = fingerprint.names(module.get_attn_backend().get_name() for module in attention)
-        known = of_config(config) | fingerprint.device(device)
-        if device.type == "cuda" and (found := unproven.attention(model)):
-            known["unproven"] = ", ".join([*unproven.unproven(config), *found])
+        backends = fingerprint.names(backend for _, backend in unproven.attention_layers(model))
+        found = ", ".join([*unproven.unproven(config), *unproven.attention(model)])
+        known = of_config(config) | fingerprint.device(device) | {"unproven": found or None}
         return known | ({"attention_backend": backends} if backends else {})
     except Exception as error:
         logger.warning("the fingerprint lacks what the worker knows: %s", error or type(error).__name__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 SWITCH = "BATCH_INVARIANT_ALLOW_UNPROVEN"
@@ -30,15 +30,22 @@ PROVEN_HEADS = (96, 128, 256)
 """Sizes at which FlashAttention 3 was seen to keep a request's bits (docs/evidence/serving-h200)."""
 
 
+def attention_layers(model: Any) -> Iterator[tuple[Any, str]]:
+    """A loaded model's attention layers, each with its backend's name."""
+    for module in model.modules():
+        if hasattr(module, "get_attn_backend"):
+            yield module, module.get_attn_backend().get_name()
+
+
 def attention(model: Any) -> list[str]:
-    """What of a loaded model's attention layers on a GPU is not proven, as :func:`unproven` says it.
+    """What of a loaded model's attention layers is not proven, as :func:`unproven` says it.
 
     FlashAttention 3 picks the length of its steps along the keys by the longest query, and with a window by the longest
     context, of the whole batch. At a head size of 64 a request then has other bits beside a prompt than beside answers.
     """
     found = set()
-    for layer in model.modules():
-        if not hasattr(layer, "get_attn_backend") or layer.get_attn_backend().get_name() != FLASH_ATTENTION:
+    for layer, backend in attention_layers(model):
+        if backend != FLASH_ATTENTION:
             continue
         if layer.head_size not in PROVEN_HEADS:
             found.add(f"FlashAttention with heads of {layer.head_size}")

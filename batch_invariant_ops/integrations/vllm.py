@@ -176,7 +176,7 @@ _shared_windows: dict[tuple[Any, ...], dict[bool, Any]] = {}
 def _patch_sampler(sampler: ModuleType) -> None:
     """Cut to the likeliest tokens by one kernel, a program a row; to 0.26 vLLM sorts where fewer than 8 rows are drawn.
 
-    The two keep other tokens where probabilities are nearly tied, so a request alone drew from others than in company.
+    The two need not keep the same tokens, so a request alone could draw from others than in company.
     """
     cut = sampler.apply_top_k_top_p
 

@@ -1,4 +1,4 @@
-"""A tile table of what was measured: for each shape, and for all others, which tile up to which number of rows."""
+"""A tile table of what was measured: for each shape, which tile up to which number of rows, and where it won."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def weight(point: Point) -> float:
 
 def _shipped(capability: tuple[int, int], point: Point) -> Iterator[Tile]:
     major, minor = capability
-    path = tiles.SHIPPED / f"sm_{major}{minor}.json"
+    path = tiles.shipped(f"sm_{major}{minor}")
     if path.is_file():
         yield tiles.read(path).tile(point.m, point.n, point.k)
 

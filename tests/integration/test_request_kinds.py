@@ -38,16 +38,8 @@ def question(kind: str, number: int) -> dict:
 def said(answer: httpx.Response) -> list:
     """All that the server computed, to the last bit."""
     assert answer.status_code == 200, answer.text
-    keys = ("token_ids", "logprobs", "finish_reason", "stop_reason", "text")
-    return [
-        [*(choice.get(key) for key in keys), values(choice.get("prompt_logprobs"))]
-        for choice in answer.json()["choices"]
-    ]
-
-
-def values(prompt_logprobs: list | None) -> list | None:
-    """Of each of the prompt's tokens the logprobs, without the names: several alternatives may be equally likely."""
-    return prompt_logprobs and [sorted(one["logprob"] for one in at.values()) for at in prompt_logprobs if at]
+    keys = ("token_ids", "logprobs", "prompt_logprobs", "finish_reason", "stop_reason", "text")
+    return [[choice.get(key) for key in keys] for choice in answer.json()["choices"]]
 
 
 async def differing(url: str, kinds: Iterable[str] = KINDS) -> dict[str, int]:
