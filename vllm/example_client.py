@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -54,6 +56,9 @@ def concurrent(settings: Settings) -> None:
 
 async def post_all(settings: Settings, questions: list[dict[str, Any]]) -> list[httpx.Response]:
     """The responses to all questions, in their order; all are sent at once, over up to 100 connections."""
+    with contextlib.suppress(NotImplementedError):  # on Windows, where asyncio.run does without
+        # A Ctrl-C in the microseconds before the loop goes to sleep would wake it with the next answer only.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, asyncio.current_task().cancel)
     async with httpx.AsyncClient(**settings.connection()) as client:
         return await asyncio.gather(*(client.post(CHAT, json=question) for question in questions))
 
@@ -232,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
         message, status = f"the answer from {settings.url} broke off ({str(error) or type(error).__name__})", 1
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         message, status = f"the server's answer is not of OpenAI's form ({type(error).__name__}: {error})", 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         message, status = "interrupted", 130
     except BrokenPipeError:  # whoever read the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,9 +1,12 @@
 """Whatever goes wrong is one line that says what to do, never a traceback, and no part of an answer passes for one."""
 
+import asyncio
 import json
+import runpy
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -147,6 +150,24 @@ def test_ctrl_c_ends_it_with_one_line(started, name):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out.strip(), err) == (130, "", "example_client: interrupted\n")
+
+
+def test_ctrl_c_wakes_a_loop_that_is_about_to_sleep():
+    """Seen once in some 200 runs where the loop's wakeup descriptor is not set: the program slept on."""
+
+    async def wakeup_descriptor(example, settings):
+        asking = asyncio.ensure_future(example.post_all(settings, [settings.question()]))
+        await asyncio.sleep(0)
+        found = signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(found)
+        asking.cancel()
+        await asyncio.wait([asking])
+        return found
+
+    example = runpy.run_path(str(CLIENT))
+    with serving(Behaviour(rates={"stall": 1.0})) as server:
+        settings = example["Settings"](url=server.url, api_key="", model="fake", prompt="x", max_tokens=1)
+        assert asyncio.run(wakeup_descriptor(SimpleNamespace(**example), settings)) != -1
 
 
 @pytest.mark.parametrize(
