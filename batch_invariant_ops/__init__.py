@@ -16,6 +16,7 @@ from batch_invariant_ops.ops.matmul import matmul_persistent
 from batch_invariant_ops.ops.mean import mean, mean_dim
 from batch_invariant_ops.ops.rms_norm import rms_norm
 from batch_invariant_ops.ops.softmax import softmax
+from batch_invariant_ops.ops.topk import topk
 
 __all__ = [
     "AttentionBlockSize",
@@ -33,4 +34,5 @@ __all__ = [
     "rms_norm",
     "set_batch_invariant_mode",
     "softmax",
+    "topk",
 ]

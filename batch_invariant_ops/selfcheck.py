@@ -60,6 +60,7 @@ def operations(device: torch.device, dtype: torch.dtype) -> dict[str, RowOperati
     named: dict[str, RowOperation] = {
         "log_softmax": lambda x: torch.log_softmax(x.float(), dim=-1),
         "softmax": lambda x: torch.softmax(x.float(), dim=-1),
+        "topk": lambda x: ours.topk(x, 20)[1],
     }
     if device.type == "cuda":
         named |= {

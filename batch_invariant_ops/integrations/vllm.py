@@ -20,7 +20,7 @@ import os
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from batch_invariant_ops._version import __version__
 
@@ -188,6 +188,44 @@ def _patch_sampler(sampler: ModuleType) -> None:
     setattr(sampler, cut.__name__, apply_top_k_top_p)
 
 
+def _patch_alternatives(sampling: ModuleType) -> None:
+    """Name the likeliest tokens in one order, of equal ones the first: aten's goes by the rows and by the largest k."""
+
+    def topk(x: Any, k: int, dim: int = -1) -> Any:
+        from batch_invariant_ops.ops import topk
+
+        if dim not in (-1, x.dim() - 1):
+            raise ValueError(f"topk along dimension {dim} of {x.dim()} is not what vLLM {_release()} was known to do")
+        return _Largest(*topk.topk(x, k))
+
+    class Torch(ModuleType):
+        """torch, but for topk."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(theirs, name)
+
+    theirs = sampling.torch
+    ours = Torch("torch")
+    ours.topk = topk  # type: ignore[attr-defined]
+    sampling.torch = ours  # type: ignore[attr-defined]
+
+
+class _Largest(NamedTuple):
+    """What ``torch.topk`` returns."""
+
+    values: Any
+    indices: Any
+
+
+def _patch_flash_attention(backend: ModuleType) -> None:
+    """Keep FlashAttention 3's steps along the keys the same whatever the batch holds."""
+    from batch_invariant_ops.integrations import flash_attention
+
+    name = "flash_attn_varlen_func"
+    if hasattr(backend, name):  # there is none on a CPU
+        setattr(backend, name, flash_attention.with_one_step(getattr(backend, name)))
+
+
 def _patch_input_batch(input_batch: ModuleType) -> None:
     """Let a seeded request's prompt be computed in pieces on a CPU, where that stops the engine."""
     create = input_batch.InputBatch.__init__
@@ -341,6 +379,9 @@ _PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "vllm.model_executor.layers.layernorm": _patch_layernorm,
     "vllm.model_executor.layers.utils": _patch_layer_utils,
     "vllm.v1.sample.ops.topk_topp_sampler": _patch_sampler,
+    "vllm.v1.sample.sampler": _patch_alternatives,
+    "vllm.v1.worker.gpu.sample.logprob": _patch_alternatives,
+    "vllm.v1.attention.backends.flash_attn": _patch_flash_attention,
     "vllm.v1.worker.gpu_input_batch": _patch_input_batch,
     "vllm.v1.worker.gpu_worker": _patch_worker,
     "vllm.v1.metrics.prometheus": _patch_metrics,

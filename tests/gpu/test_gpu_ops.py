@@ -27,6 +27,7 @@ def operations(values, dtype):
         "log_softmax": lambda x: ours.log_softmax(x),
         "softmax": lambda x: ours.softmax(x),
         "mean": lambda x: ours.mean(x, -1, keepdim=True),
+        "topk": lambda x: ours.topk((4 * x).round(), 20)[1],
         "rms_norm": lambda x: ours.rms_norm(x, scale),
         "fused_add_rms_norm": lambda x: ours.rms_norm(x, scale, residual=x.flip(-1))[0],
         "the sum of fused_add_rms_norm": lambda x: ours.rms_norm(x, scale, residual=x.flip(-1))[1],
@@ -34,7 +35,7 @@ def operations(values, dtype):
 
 
 NAMES = [
-    *("triton", "linear", "linear with bias", "bmm", "log_softmax", "softmax", "mean", "rms_norm"),
+    *("triton", "linear", "linear with bias", "bmm", "log_softmax", "softmax", "mean", "topk", "rms_norm"),
     *("fused_add_rms_norm", "the sum of fused_add_rms_norm"),
 ]
 
@@ -53,7 +54,7 @@ def test_an_operation_that_looks_at_its_batch_fails_the_same_check(values):
     assert [size for size, agrees in zip(EVERY_SIZE, verdicts, strict=True) if not agrees] == [700]
 
 
-@pytest.mark.parametrize("name", ["log_softmax", "softmax", "mean", "rms_norm", "fused_add_rms_norm"])
+@pytest.mark.parametrize("name", ["log_softmax", "softmax", "mean", "topk", "rms_norm", "fused_add_rms_norm"])
 @pytest.mark.parametrize("length", [100, 20000])
 def test_rows_of_other_lengths_too(name, length, values):
     scale = values(length, dtype=torch.bfloat16, seed=3)
@@ -61,6 +62,7 @@ def test_rows_of_other_lengths_too(name, length, values):
         "log_softmax": lambda x: ours.log_softmax(x),
         "softmax": lambda x: ours.softmax(x),
         "mean": lambda x: ours.mean(x, -1, keepdim=True),
+        "topk": lambda x: ours.topk((4 * x).round(), 20)[1],
         "rms_norm": lambda x: ours.rms_norm(x, scale),
         "fused_add_rms_norm": lambda x: ours.rms_norm(x, scale, residual=x)[0],
     }[name]
@@ -128,6 +130,9 @@ def exactly(name, x, values, dtype):
         x = total.to(dtype).double() if "fused" in name else x
         y = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6) * scale
         return y, y.abs()
+    if name == "topk":
+        places = (4 * x).round().sort(dim=-1, descending=True, stable=True).indices[:, :20].double()
+        return places, torch.zeros_like(places)
     if name == "mean":
         return x.mean(-1, keepdim=True), x.abs().mean(-1, keepdim=True)
     y = x.softmax(-1) if name == "softmax" else x.log_softmax(-1)

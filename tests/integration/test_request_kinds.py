@@ -12,6 +12,7 @@ from real_server import KEY, SECONDS, RealServer, needs_server
 
 KINDS = {
     "greedy": {},
+    "greedy, with as many alternatives as there are": {"logprobs": 20},
     "several answers": {"n": 3, "temperature": 0.9, "seed": 5},
     "drawn": {"temperature": 1.0, "seed": 1},
     "drawn, of the likeliest": {"temperature": 0.8, "top_p": 0.9, "top_k": 20, "seed": 2},
@@ -24,6 +25,7 @@ KINDS = {
     "of a choice": {"structured_outputs": {"choice": ["yes, it is", "no, it is not"]}},
     "of a form": {"structured_outputs": {"regex": "[a-f]{20,30}"}},
     "the prompt's logprobs": {"prompt_logprobs": 2, "max_tokens": 4},
+    "more of the prompt's logprobs": {"prompt_logprobs": 20, "max_tokens": 4},
     "echo": {"echo": True, "max_tokens": 8},
 }
 COPIES, OTHERS = 6, 24

@@ -14,6 +14,7 @@ from batch_invariant_ops.ops.log_softmax import log_softmax
 from batch_invariant_ops.ops.mean import mean
 from batch_invariant_ops.ops.rms_norm import rms_norm
 from batch_invariant_ops.ops.softmax import softmax
+from batch_invariant_ops.ops.topk import topk
 from batch_invariant_ops.proof import same_bits
 
 DTYPES = [torch.float32, torch.float16]
@@ -59,6 +60,18 @@ def test_views_have_the_bits_of_their_copies(row_operation, length, random):
         random(3, length + 3)[:, :length],
     ):
         assert same_bits(row_operation.run(view, weight), row_operation.run(view.clone().contiguous(), weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length, k", [(1, 1), (100, 100), (100, 7), (4096, 20), (4100, 20), (9000, 5), (9000, 70)])
+def test_the_largest_are_the_beginning_of_a_stable_sort(dtype, length, k, random):
+    x = (4 * random(3, length + 2)[:, 1:-1]).round().to(dtype)
+    x[1, ::3] = -0.0
+    x[2, length // 2 :] = torch.nan
+    ordered = x.sort(dim=-1, descending=True, stable=True)
+    values, places = topk(x, k)
+    assert torch.equal(places, ordered.indices[:, :k])
+    assert same_bits(values, ordered.values[:, :k].contiguous())
 
 
 def test_other_dimensions_and_empty_tensors(random):
