@@ -12,6 +12,7 @@ from _frozen_importlib_external import PathFinder  # importlib.machinery is the 
 HERE = os.path.dirname(os.path.abspath(__file__))
 HOOKED = {
     "vllm.envs",
+    "vllm.config.vllm",
     "vllm.model_executor.layers.batch_invariant",
     "vllm.model_executor.determinism.batch_invariant",
     "vllm.model_executor.layers.layernorm",

@@ -105,6 +105,16 @@ def _patch_envs(envs: ModuleType) -> None:
     envs.environment_variables["VLLM_BATCH_INVARIANT_OPS"] = lambda: __version__
 
 
+def _patch_config(config: ModuleType) -> None:
+    """Leave torch.compile on where vLLM 0.32 turns it off, so that its kernels' tiles can be chosen by M.
+
+    Ours are chosen inside an opaque operation, which compiled code reaches with the M of the run.
+    """
+    name = "_uses_breakable_cudagraph_for_batch_invariance"
+    if hasattr(config.VllmConfig, name):
+        setattr(config.VllmConfig, name, lambda self: False)
+
+
 def _patch_seam(seam: ModuleType) -> None:
     replacements: dict[str, Callable[..., Any]] = {
         "init_batch_invariance": _init_batch_invariance,
@@ -374,6 +384,7 @@ def _configure_logging() -> None:
 
 _PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "vllm.envs": _patch_envs,
+    "vllm.config.vllm": _patch_config,
     "vllm.model_executor.layers.batch_invariant": _patch_seam,
     "vllm.model_executor.determinism.batch_invariant": _patch_seam,
     "vllm.model_executor.layers.layernorm": _patch_layernorm,

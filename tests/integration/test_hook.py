@@ -100,6 +100,27 @@ def test_the_plugin_replaces_what_vllm_already_copied():
     assert before.startswith("vllm.") and after == OURS, done.stderr
 
 
+@needs_vllm
+@pytest.mark.parametrize("switch", ["0", "1"])
+def test_compilation_stays_on_where_vllms_own_mode_would_give_it_up(switch):
+    """A model that one of vLLM's tuned tables has a shape of; the card is only said to be there."""
+    done = python(
+        "from types import SimpleNamespace as Is\n"
+        "import torch, vllm.platforms as platforms\n"
+        "platforms.current_platform.is_cuda = lambda: True\n"
+        "platforms.current_platform.get_device_capability = lambda: platforms.interface.DeviceCapability(9, 0)\n"
+        "from vllm.config.vllm import VllmConfig\n"
+        "model = Is(enforce_eager=False, dtype=torch.bfloat16, quantization=None, get_hidden_size=lambda: 2048,\n"
+        "    get_head_size=lambda: 128, get_num_attention_heads=lambda parallel: 16,\n"
+        "    get_num_kv_heads=lambda parallel: 8, hf_text_config=Is(intermediate_size=6144))\n"
+        "config = Is(model_config=model, parallel_config=Is(tensor_parallel_size=1))\n"
+        "print(VllmConfig._uses_breakable_cudagraph_for_batch_invariance(config))",
+        BATCH_INVARIANT=switch,
+        VLLM_BATCH_INVARIANT="1",
+    )
+    assert done.stdout.splitlines()[-1:] == [str(switch == "0")], done.stderr
+
+
 FAILS_CLOSED = """
 import vllm.model_executor.determinism.batch_invariant as seam
 print('imported', flush=True)
