@@ -44,8 +44,7 @@ def cases():
     vendor_gemm.call = lambda a, b, bias: y
     for has_bias in (False, True):
         key = N, K, torch.bfloat16, has_bias, True, -1
-        linear._windows[key] = Window(1, 8192, 1)
-        linear._faster[key] = ((1, 2), (97, 128), (193, 256))
+        linear._decisions[key] = linear.Decision(Window(1, 8192, 1), ((1, 2), (97, 128), (193, 256)))
     library = torch.library.Library("batch_invariant_ops", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -44,7 +44,7 @@ def gpu_path(monkeypatch, tmp_path):
     monkeypatch.setenv("BATCH_INVARIANT_CACHE", str(tmp_path))
     monkeypatch.delenv("BATCH_INVARIANT_GEMM", raising=False)
     monkeypatch.setattr(matmul, "gemm", by_rows)
-    monkeypatch.setattr(linear, "_windows", {})
+    monkeypatch.setattr(linear, "_decisions", {})
     monkeypatch.setattr(linear, "_calls", type(linear._calls)())
     monkeypatch.setattr(linear, "PROVE_AT_CALL", 1)
     monkeypatch.setattr(proving, "SAMPLE", (1, 2, 3, 4, 8, 16, 32, 64, 80))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
+from typing import NamedTuple
 
 import torch
 
@@ -25,8 +26,16 @@ PROVE_AT_CALL = 3
 WIDTH_STEP = 8
 
 Key = tuple[int, int, torch.dtype, bool, bool, int]
-_windows: dict[Key, Window | None] = {}
-_faster: dict[Key, tiles.Ranges] = {}
+
+
+class Decision(NamedTuple):
+    """Which GEMM runs: the vendor's for M in the window, where there is one, but ours where it is the faster."""
+
+    window: Window | None
+    faster: tiles.Ranges = ()
+
+
+_decisions: dict[Key, Decision] = {}
 _calls: Counter[Key] = Counter()
 
 
@@ -66,12 +75,12 @@ def gemm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> 
     if width % WIDTH_STEP and (wide := _widened(b, bias)) is not None:
         return gemm(a, *wide)[:, :width].contiguous()
     try:
-        window = _windows[key]
+        window, faster = _decisions[key]
     except KeyError:
-        window = _decide(key)
+        window, faster = _decide(key)
     if window is None or not window.floor <= (num_rows := a.shape[0]) <= window.cap:
         return own.gemm(a, b, bias)
-    for first, last in _faster[key]:
+    for first, last in faster:
         if first <= num_rows <= last:
             return own.gemm(a, b, bias)
     return vendor_gemm.call(a, b, bias)
@@ -111,24 +120,24 @@ def _key(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> Key | N
     return width, depth, dtype, True, weight_is_packed, a.get_device()
 
 
-def _decide(key: Key) -> Window | None:
-    """Prove, once it is worth it."""
+def _decide(key: Key) -> Decision:
+    """Prove, once it is worth it; until then ours runs."""
     if torch.cuda.is_current_stream_capturing():
-        return None
+        return Decision(None)
     _calls[key] += 1
     if _calls[key] < PROVE_AT_CALL and choice() == "auto":
-        return None
+        return Decision(None)
     return _prove(key)
 
 
-def _prove(key: Key) -> Window | None:
-    if key not in _windows:
+def _prove(key: Key) -> Decision:
+    if key not in _decisions:
         n, k, dtype, has_bias, weight_is_packed, index = key
         device = torch.device("cuda", index) if index >= 0 else torch.device("cpu")
         measured = choice() == "auto" and weight_is_packed
-        _faster[key] = tiles.faster(n, k, dtype, *own.card(device)) if measured else ()
-        _windows[key] = prove(Case(n, k, dtype, has_bias, weight_is_packed), device)
-    return _windows[key]
+        faster = tiles.faster(n, k, dtype, *own.card(device)) if measured else ()
+        _decisions[key] = Decision(prove(Case(n, k, dtype, has_bias, weight_is_packed), device), faster)
+    return _decisions[key]
 
 
 def prove(case: Case, device: torch.device) -> Window | None:
@@ -202,7 +211,7 @@ def _has_room(tensor: torch.Tensor, numel: int) -> bool:
 
 def windows() -> dict[Key, Window | None]:
     """What was decided in this process, by (N, K, dtype, has bias, weight is packed, GPU)."""
-    return dict(_windows)
+    return {key: made.window for key, made in _decisions.items()}
 
 
 def _linear_on_gpu(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:

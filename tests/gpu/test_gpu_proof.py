@@ -60,13 +60,13 @@ def liar(at):
 @pytest.fixture
 def forgetful():
     """Nothing decided before, nothing kept after."""
-    before = dict(linear._windows)
-    linear._windows.clear()
+    before = dict(linear._decisions)
+    linear._decisions.clear()
     linear._calls.clear()
     yield
-    linear._windows.clear()
+    linear._decisions.clear()
     linear._calls.clear()
-    linear._windows.update(before)
+    linear._decisions.update(before)
 
 
 class TestLiar:
@@ -87,7 +87,7 @@ class TestLiar:
         expected = matmul.gemm(x, w.t())
         linear.prepare(w)
         assert list(linear.windows().values()) != [None] and same_bits(ours.linear(x, w), expected)
-        linear._windows.clear()
+        linear._decisions.clear()
         lying = liar(128)
         monkeypatch.setattr(vendor_gemm, "call", lying)
         linear.prepare(w)
