@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Batch invariance, architecture by architecture, each proof with its control.
 
-    python3 benchmarks/architectures.py [--only llama gpt2] [--dtypes bfloat16] [--jobs 4] [--out FILE]
+    python3 benchmarks/architectures.py [--only llama gpt2] [--dtypes bfloat16] [--attention TRITON_ATTN FLEX_ATTENTION]
+                                        [--jobs 4] [--out FILE]
 
 A case is a small random model of one architecture, made here. Plain vLLM and the kit each serve it from a process of
 their own, with torch.compile and CUDA graphs on. Each answers a few prompts greedily, alone, one at a time; then the
@@ -15,7 +16,8 @@ with decodes. An answer differs where a token id or a logprob, as a float, is no
 
 Writes a row a case as it ends, to docs/evidence/architectures.csv; the exit status is 1 if any is FAIL or ERROR. The
 engines' logs are in benchmarks/results/. Needs vLLM and transformers, as the server does; uses a GPU if there is one,
-with the attention backend that the kit does not refuse for the model, the same for both.
+with an attention backend that the kit does not refuse for the model, the same for both. To try what it refuses, set
+BATCH_INVARIANT_ALLOW_UNPROVEN=1.
 """
 
 import argparse
@@ -38,6 +40,7 @@ sys.path.append(str(ROOT / "vllm"))
 
 from local_server import Failure, Program, Programs, run_command  # noqa: E402
 from rounds import kept, processor  # noqa: E402
+from serve_settings import GPU_BACKENDS  # noqa: E402
 from serving import ENVIRONMENTS, KIT, PLAIN  # noqa: E402
 
 SYSTEMS = (PLAIN, KIT)
@@ -235,8 +238,8 @@ class Engine:
         return found
 
 
-def worker(name: str, model: str, dtype: str, rounds: int, result: Path) -> None:
-    engine = Engine(model, dtype, CASES[name].attention)
+def worker(model: str, dtype: str, attention: str, rounds: int, result: Path) -> None:
+    engine = Engine(model, dtype, attention)
     found = {"head_size": engine.head_size, "backend": engine.backend(), **engine.compare(rounds)}
     result.write_text(json.dumps(found), encoding="utf-8")
 
@@ -265,14 +268,27 @@ def last_error(log: Path) -> str:
     return (errors or lines or ["no word"])[-1][:300]
 
 
-class Trial:
-    """A case in one dtype, served by both systems at once."""
+@dataclass(frozen=True)
+class Choice:
+    """What is tried: a case in one dtype with one attention backend."""
 
-    def __init__(self, name: str, dtype: str, rounds: int, folder: Path, logs: Path, programs: Programs) -> None:
-        self.name, self.dtype, self.begin = name, dtype, time.monotonic()
-        model = folder / f"{name}-{dtype}"
+    name: str
+    dtype: str
+    attention: str
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.dtype}-{self.attention}"
+
+
+class Trial:
+    """A case, served by both systems at once."""
+
+    def __init__(self, choice: Choice, rounds: int, folder: Path, logs: Path, programs: Programs) -> None:
+        self.choice, self.begin = choice, time.monotonic()
+        name, dtype = choice.name, choice.dtype
+        model = folder / str(choice)
         self.engines: dict[str, Program] = {}
-        self.results = {system: folder / f"{name}-{dtype}-{system}.json" for system in SYSTEMS}
+        self.results = {system: folder / f"{choice}-{system}.json" for system in SYSTEMS}
         self.errors: list[str] = []
         try:
             make_model(CASES[name], dtype, model)
@@ -280,9 +296,10 @@ class Trial:
             self.errors.append(f"the model cannot be made: {type(error).__name__}: {error}")
             return
         for system, result in self.results.items():
-            command = [sys.executable, __file__, "--worker", name, str(model), dtype, str(rounds), str(result)]
-            log = logs / f"architectures-{name}-{dtype}-{system}.log"
-            self.engines[system] = programs.start(f"{name} {dtype} {system}", command, environment(system), log)
+            engine = [str(model), dtype, choice.attention, str(rounds), str(result)]
+            command = [sys.executable, __file__, "--worker", *engine]
+            log = logs / f"architectures-{choice}-{system}.log"
+            self.engines[system] = programs.start(f"{choice} {system}", command, environment(system), log)
 
     def ended(self, limit: float) -> bool:
         if time.monotonic() - self.begin > limit:
@@ -301,8 +318,8 @@ class Trial:
                 errors.append(f"{system}: {'out of time' if late else last_error(engine.log)}")
         plain, kit = found.get(PLAIN, {}), found.get(KIT, {})
         return {
-            "case": self.name,
-            "dtype": self.dtype,
+            "case": self.choice.name,
+            "dtype": self.choice.dtype,
             "kit_backend": kit.get("backend", ""),
             "plain_backend": plain.get("backend", ""),
             "head_size": (kit or plain).get("head_size", ""),
@@ -342,14 +359,14 @@ def machine() -> dict[str, str]:
     return {"gpu": gpu, "driver": driver, "vllm": vllm, "torch": torch.__version__, "triton": triton.__version__}
 
 
-def trials(chosen: list[tuple[str, str]], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def trials(chosen: list[Choice], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The rows of the CSV, in the order in which the cases end."""
     columns = machine()
     waiting, running = list(chosen), []
     with tempfile.TemporaryDirectory() as folder, Programs() as programs:
         while waiting or running:
             if waiting and len(running) < arguments.jobs:
-                running.append(Trial(*waiting.pop(0), arguments.rounds, Path(folder), arguments.logs, programs))
+                running.append(Trial(waiting.pop(0), arguments.rounds, Path(folder), arguments.logs, programs))
             for trial in [trial for trial in running if trial.ended(arguments.limit)]:
                 running.remove(trial)
                 yield columns | trial.row()
@@ -366,7 +383,13 @@ def line(row: dict[str, Any]) -> str:
 
 
 def command(arguments: argparse.Namespace) -> int:
-    chosen = [(name, dtype) for name in arguments.only for dtype in CASES[name].dtypes if dtype in arguments.dtypes]
+    chosen = [
+        Choice(name, dtype, attention)
+        for name in arguments.only
+        for dtype in CASES[name].dtypes
+        for attention in arguments.attention or [CASES[name].attention]
+        if dtype in arguments.dtypes
+    ]
     if not chosen:
         raise Failure(f"--dtypes={' '.join(arguments.dtypes)!r} is not valid: no case of --only is tried in them")
     arguments.logs.mkdir(parents=True, exist_ok=True)
@@ -375,7 +398,8 @@ def command(arguments: argparse.Namespace) -> int:
         rows.append(row)
         print(f"[{len(rows)}/{len(chosen)}] {line(row)}", flush=True)
     print("\nAnswers in a crowd that differ, in logprobs or tokens, from those alone:")
-    rows.sort(key=lambda row: chosen.index((row["case"], row["dtype"])))
+    tried = [(choice.name, choice.dtype) for choice in chosen]
+    rows.sort(key=lambda row: tried.index((row["case"], row["dtype"])))
     print(*map(line, rows), sep="\n")
     counts = Counter(row["verdict"] for row in rows)
     print(", ".join(f"{count} {name}" for name, count in counts.items()), f"-> {arguments.out}")
@@ -388,6 +412,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
     dtypes = list(dict.fromkeys(dtype for case in CASES.values() for dtype in case.dtypes))
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes)
+    parser.add_argument(
+        "--attention", nargs="+", choices=GPU_BACKENDS, help="on a GPU (default: for each case one that is not refused)"
+    )
     parser.add_argument("--rounds", type=int, default=4, help="crowds that every prompt is asked in (default: 4)")
     parser.add_argument("--jobs", type=int, default=1, help="cases at a time, of two engines each (default: 1)")
     parser.add_argument("--limit", type=float, default=900, help="seconds that a case may take (default: %(default)s)")
@@ -395,8 +422,8 @@ def main() -> int:
     parser.add_argument("--logs", type=Path, default=ROOT / "benchmarks" / "results", help="the folder of the logs")
     arguments = parser.parse_args()
     if arguments.worker:
-        name, model, dtype, rounds, result = arguments.worker
-        worker(name, model, dtype, int(rounds), Path(result))
+        model, dtype, attention, rounds, result = arguments.worker
+        worker(model, dtype, attention, int(rounds), Path(result))
         return 0
     for option in ("rounds", "jobs"):
         if (value := getattr(arguments, option)) < 1:

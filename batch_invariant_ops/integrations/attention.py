@@ -1,0 +1,213 @@
+"""A server's attention, tried on the device at hand before it answers: has a row the same bits whatever is beside it?
+
+Backends choose their kernels by what the whole batch holds: prompts or answers alone, the longest query, the longest
+context, the number of requests. So one sequence is computed by the engine's own layers, metadata builders and KV cache
+in batches that differ in all of these, as a whole, in pieces and token by token, and its rows are compared.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from batch_invariant_ops.integrations import unproven
+from batch_invariant_ops.proof import same_bits
+
+LENGTH = 777
+"""Tokens of the sequence that is compared: several of the longest steps along the keys that a kernel takes."""
+LONGER = (5, 64, 129, 555, 1030)
+"""The contexts beside it, in tokens."""
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """A part of a batch: the rows [start, stop) of a sequence, ``stop`` of whose tokens are then in the KV cache."""
+
+    start: int
+    stop: int
+    compared: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was seen of one kind of layer: in which batches its rows had other bits."""
+
+    layer: str
+    tried: int
+    differing: tuple[str, ...]
+    seconds: float
+
+    def line(self) -> str:
+        verdict = f"other bits {', '.join(self.differing)}" if self.differing else "the same bits in all"
+        return f"attention, {self.layer}: {self.tried} batches, {self.seconds:.1f} s: {verdict}"
+
+    def finding(self) -> str:
+        """Why it is refused, in the words of :mod:`.unproven`."""
+        return f"{self.layer}, which has other bits {self.differing[0]} ({unproven.WAY_OUT})"
+
+
+def batches(longest: int, most_rows: int, most_requests: int, window: int | None) -> dict[str, list[Request]]:
+    """By what each is like: batches around one sequence, which they compute in whole or in part.
+
+    Args:
+        longest: context that a request may have, in tokens.
+        most_rows: that a batch may have.
+        most_requests: that a batch may have.
+        window: how many tokens a query sees, or None for all.
+    """
+    length = min(LENGTH, longest, most_rows)
+    contexts = [min(context, longest) for context in (*LONGER, *([window + 65] if window else ()))]
+    answers = [Request(context - 1, context) for context in contexts]
+    whole, last = Request(0, length, True), Request(length - 1, length, True)
+    piece = Request(length // 3, length, True)
+    made = {
+        "alone": [whole],
+        "as an answer alone": [last],
+        "as an answer beside answers": [*answers[:2], last, *answers[2:]],
+        "as an answer beside many": [*(answers * 13)[:63], last],
+        "as an answer beside the longest": [Request(longest - 1, longest), last],
+        "as an answer beside a short prompt": [Request(0, min(7, longest)), last],
+        "as an answer beside a prompt": [last, Request(0, min(130, longest))],
+        "as a piece of a prompt beside answers": [*answers, piece],
+        "as a prompt beside all": [Request(0, min(70, longest)), *answers, whole],
+    }
+    return {name: fitting(requests, most_rows, most_requests) for name, requests in made.items()}
+
+
+def fitting(requests: list[Request], most_rows: int, most_requests: int) -> list[Request]:
+    """What of a batch an engine could take, what is compared before all else."""
+    rows, kept = sum(one.stop - one.start for one in requests if one.compared), 1
+    found = []
+    for one in requests:
+        if not one.compared:
+            if kept == most_requests or rows + one.stop - one.start > most_rows:
+                continue
+            rows, kept = rows + one.stop - one.start, kept + 1
+        found.append(one)
+    return found
+
+
+class Sequence:
+    """The sequence that is compared, as one layer sees it: its queries, and its keys and values in pages of the cache.
+
+    Other requests read those pages as theirs: what they hold does not matter, only how much.
+    """
+
+    def __init__(self, layer: Any, page: int, length: int, dtype: torch.dtype, metadata: Any) -> None:
+        self.layer, self.page, self.metadata = layer, page, metadata
+        self.cache = layer.kv_cache[0] if isinstance(layer.kv_cache, (list, tuple)) else layer.kv_cache
+        self.device = self.cache.device
+        generator = torch.Generator(device=self.device).manual_seed(SEED)
+
+        def rows(heads: int) -> torch.Tensor:
+            return torch.randn(length, heads, layer.head_size, generator=generator, device=self.device).to(dtype)
+
+        self.query, self.key, self.value = rows(layer.num_heads), rows(layer.num_kv_heads), rows(layer.num_kv_heads)
+        self.pages = torch.arange(-(-length // page), dtype=torch.int32, device=self.device)
+        places = torch.arange(length, device=self.device)
+        self.slots = self.pages[places // page].long() * page + places % page
+        self.write(self.key, self.value)
+
+    def write(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Into the pages; the engine has no request yet whose they could be."""
+        self.layer.impl.do_kv_cache_update(self.layer, key, value, self.cache, self.slots)
+
+    def attend(self, builder: Any, requests: list[Request]) -> tuple[torch.Tensor, Request]:
+        """The output [rows, heads, head size] of the compared request's rows in that batch, and which these are."""
+        ((index, compared),) = ((i, one) for i, one in enumerate(requests) if one.compared)
+        counts = torch.tensor([one.stop - one.start for one in requests], dtype=torch.int32)
+        starts = torch.zeros(len(requests) + 1, dtype=torch.int32)
+        starts[1:] = counts.cumsum(0)
+        lengths = torch.tensor([one.stop for one in requests], dtype=torch.int32)
+        places = torch.cat([torch.arange(one.start, one.stop) for one in requests]).to(self.device)
+        inside = places % len(self.query)
+        metadata = builder.build(0, self._metadata(starts, counts, lengths, places, self.slots[inside]))
+        out = torch.empty_like(self.query[inside])
+        operands = (self.query[inside], self.key[inside], self.value[inside])
+        self.layer.impl.forward(self.layer, *operands, self.cache, metadata, output=out)
+        first = int(starts[index])
+        return out[first : first + compared.stop - compared.start], compared
+
+    def _metadata(
+        self,
+        starts: torch.Tensor,
+        counts: torch.Tensor,
+        lengths: torch.Tensor,
+        places: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> Any:
+        longest = int(lengths.max())
+        table = self.pages.repeat(-(-longest // (self.page * len(self.pages))))[: -(-longest // self.page)]
+        known: dict[str, Any] = {
+            "query_start_loc": starts.to(self.device),
+            "query_start_loc_cpu": starts,
+            "seq_lens": lengths.to(self.device),
+            "seq_lens_cpu_upper_bound": lengths,
+            "_seq_lens_cpu": lengths,
+            "_num_computed_tokens_cpu": lengths - counts,
+            "num_reqs": len(counts),
+            "num_actual_tokens": int(starts[-1]),
+            "max_query_len": int(counts.max()),
+            "max_seq_len": longest,
+            "block_table_tensor": table.repeat(len(counts), 1),
+            "slot_mapping": slots,
+            "positions": places,
+            "causal": True,
+        }
+        fields = self.metadata.__dataclass_fields__
+        return self.metadata(**{name: value for name, value in known.items() if name in fields})
+
+
+@torch.inference_mode()
+def tried(config: Any, runner: Any, metadata: Any) -> Iterator[Verdict]:
+    """What each kind of the engine's attention layers gives in each batch; the first layer of a kind is tried.
+
+    Args:
+        config: vLLM's.
+        runner: of the worker, after its KV cache was made.
+        metadata: vLLM's ``CommonAttentionMetadata``.
+
+    Raises:
+        Exception: whatever an engine raises whose parts are not those that are known here.
+    """
+    layers = config.compilation_config.static_forward_context
+    seen = set()
+    for group in (group for groups in runner.attn_groups for group in groups):
+        builder = group.get_metadata_builder(0)
+        for name in group.layer_names:
+            layer = layers[name]
+            window = getattr(layer, "sliding_window", None)
+            kind = (group.backend.get_name(), layer.head_size, layer.num_heads, layer.num_kv_heads, window)
+            if kind not in seen:
+                seen.add(kind)
+                yield _try(config, builder, layer, described(*kind), metadata)
+
+
+def described(backend: str, head_size: int, heads: int, kv_heads: int, window: int | None) -> str:
+    seen = f", a window of {window}" if window else ""
+    return f"{backend} with {heads} heads of {head_size} over {kv_heads}{seen}"
+
+
+def _try(config: Any, builder: Any, layer: Any, kind: str, metadata: Any) -> Verdict:
+    begin = time.perf_counter()
+    limits = config.scheduler_config
+    made = batches(
+        config.model_config.max_model_len, limits.max_num_batched_tokens, limits.max_num_seqs,
+        getattr(layer, "sliding_window", None),
+    )  # fmt: skip
+    (whole,) = made["alone"]
+    page, dtype = builder.kv_cache_spec.block_size, config.model_config.dtype
+    sequence = Sequence(layer, page, whole.stop, dtype, metadata)
+    reference, _ = sequence.attend(builder, [whole])
+    differing = []
+    for name, requests in made.items():
+        rows, which = sequence.attend(builder, requests)
+        if not same_bits(rows.contiguous(), reference[which.start : which.stop].contiguous()):
+            differing.append(name)
+    sequence.write(torch.zeros_like(sequence.key), torch.zeros_like(sequence.value))
+    return Verdict(kind, len(made), tuple(differing), time.perf_counter() - begin)

@@ -1,0 +1,110 @@
+"""A real engine's attention is tried in batches of every kind, and attention that goes by its batch is found out."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from real_server import ON_GPU, SECONDS, needs_server
+
+from batch_invariant_ops.integrations.attention import LENGTH, Request, batches, fitting
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("longest", [1, 2, 40, 2048, 131072])
+@pytest.mark.parametrize("rows, requests", [(1, 1), (64, 1), (512, 6), (8192, 256)])
+@pytest.mark.parametrize("window", [None, 64, 4096])
+def test_every_batch_is_one_that_the_engine_could_have(longest, rows, requests, window):
+    for name, made in batches(longest, rows, requests, window).items():
+        assert sum(one.compared for one in made) == 1, name
+        assert len(made) <= requests and sum(one.stop - one.start for one in made) <= rows, name
+        assert all(0 <= one.start < one.stop <= longest for one in made), name
+
+
+def test_the_batches_differ_in_what_kernels_go_by():
+    made = batches(131072, 8192, 256, 4096)
+    compared = {name: next(one for one in requests if one.compared) for name, requests in made.items()}
+    assert {one.stop for one in compared.values()} == {LENGTH} and compared["alone"].start == 0
+    longest_query = {max(one.stop - one.start for one in requests) for requests in made.values()}
+    longest_context = {max(one.stop for one in requests) for requests in made.values()}
+    assert {1, 7, 130, LENGTH} <= longest_query
+    assert min(longest_context) == LENGTH and {4096 + 65, 131072} <= longest_context
+    assert {len(requests) for requests in made.values()} >= {1, 2, 64}
+
+
+def test_what_does_not_fit_is_left_out_and_never_what_is_compared():
+    one, other, third = Request(0, 30), Request(0, 5, True), Request(0, 4)
+    assert fitting([one, other, third], 10, 8) == [other, third]
+    assert fitting([third, one, other], 100, 2) == [third, other]
+
+
+TRY = """
+import json, sys
+sys.path.insert(0, sys.argv[2])
+from vllm import LLM
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from batch_invariant_ops.integrations import attention
+
+llm = LLM(sys.argv[1], enforce_eager=True, max_model_len=2048, max_num_batched_tokens=1024, max_num_seqs=32)
+runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+config = llm.llm_engine.vllm_config
+attend = attention.Sequence.attend
+
+def liar(sequence, builder, requests):
+    rows, which = attend(sequence, builder, requests)
+    return (rows if len(requests) != 2 else rows * 1.01), which
+
+def seen():
+    verdicts = attention.tried(config, runner, CommonAttentionMetadata)
+    return [[one.layer, one.tried, list(one.differing)] for one in verdicts]
+
+found = {"honest": seen()}
+attention.Sequence.attend = liar
+found["liar"] = seen()
+attention.Sequence.attend = attend
+found["again"] = seen()
+answer = llm.generate("the river", use_tqdm=False)[0].outputs[0].token_ids
+print("FOUND", json.dumps(found | {"answered": len(answer)}))
+"""
+
+
+def run(model, split):
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "BATCH_"))} | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1", "VLLM_BATCH_INVARIANT": str(int(ON_GPU and not split)),
+        "VLLM_CPU_ATTN_SPLIT_KV": str(int(split)), "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", TRY, model, ROOT], env=env, capture_output=True, text=True, timeout=SECONDS, cwd="/"
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("FOUND "))
+
+
+@needs_server
+def test_an_engines_attention_has_the_same_bits_in_all_and_a_liar_is_found(small_model):
+    found = run(small_model, split=False)
+    ((layer, tried, differing),) = found["honest"]
+    assert layer == ("FLASH_ATTN with 8 heads of 128 over 4" if ON_GPU else "CPU_ATTN with 8 heads of 64 over 4")
+    assert (tried, differing) == (9, []) and found["again"] == found["honest"]
+    ((_, _, differing),) = found["liar"]
+    assert differing == [name for name, requests in batches(2048, 1024, 32, None).items() if len(requests) == 2]
+    assert found["answered"] > 0, "the engine serves afterwards"
+
+
+@needs_server
+def test_attention_as_vllm_ships_it_is_found_out(small_model):
+    """It splits the keys of a few long requests among the idle cores or multiprocessors."""
+    ((_, _, differing),) = run(small_model, split=True)["honest"]
+    assert "as an answer alone" in differing
+
+
+@needs_server
+def test_a_server_tries_its_own_before_it_answers(batch_invariant_server):
+    log = batch_invariant_server.log.read_text()
+    tried, ready = log.find("the same bits in all"), log.find("Application startup complete")
+    assert 0 < tried < ready, log[-3000:]
