@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -14,7 +15,33 @@ from batch_invariant_ops.proof import same_bits
 
 RowOperation = Callable[[torch.Tensor], torch.Tensor]
 BATCH_SIZES = (1, 2, 3, 4, 7, 16, 33, 64, 257)
-WIDTH = 1536
+SAMPLED_BATCH_SIZES = BATCH_SIZES[:-1]
+"""Of rows of logits, of which a batch has one a request."""
+COLUMNS = 640
+"""Of the weights of products, whose own shapes have a proof of their own."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model decides the rows that its operations see.
+
+    Attributes:
+        hidden: length of a row between layers.
+        vocabulary: length of a row of logits.
+        dtype: of the weights.
+    """
+
+    hidden: int = 1536
+    vocabulary: int = 1536
+    dtype: torch.dtype = torch.bfloat16
+
+
+class Check(NamedTuple):
+    """An operation, the length of the rows to try it on, and in batches of which sizes."""
+
+    run: RowOperation
+    length: int
+    sizes: tuple[int, ...] = BATCH_SIZES
 
 
 @dataclass(frozen=True)
@@ -50,20 +77,22 @@ def keeps_bits(operation: RowOperation, x: torch.Tensor, batch_sizes: Iterable[i
     return True
 
 
-def operations(device: torch.device, dtype: torch.dtype) -> dict[str, RowOperation]:
+def operations(device: torch.device, shape: Shape) -> dict[str, Check]:
     """The operations that a served model runs, as they are reached in it."""
     generator = torch.Generator(device=device).manual_seed(1)
-    weight = torch.randn(640, WIDTH, generator=generator, device=device).to(dtype)
-    bias = torch.randn(640, generator=generator, device=device).to(dtype)
-    scale = torch.randn(WIDTH, generator=generator, device=device).to(dtype)
+    hidden, dtype = shape.hidden, shape.dtype
+    weight = torch.randn(COLUMNS, hidden, generator=generator, device=device).to(dtype)
+    bias = torch.randn(COLUMNS, generator=generator, device=device).to(dtype)
+    scale = torch.randn(hidden, generator=generator, device=device).to(dtype)
     ours = torch.ops.batch_invariant_ops
-    named: dict[str, RowOperation] = {
+    of_logits: dict[str, RowOperation] = {
         "log_softmax": lambda x: torch.log_softmax(x.float(), dim=-1),
         "softmax": lambda x: torch.softmax(x.float(), dim=-1),
-        "topk": lambda x: ours.topk(x, 20)[1],
+        "topk": lambda x: ours.topk(x, min(20, x.shape[-1]))[1],
     }
+    of_hidden: dict[str, RowOperation] = {}
     if device.type == "cuda":
-        named |= {
+        of_hidden = {
             "rms_norm": lambda x: ours.rms_norm(x, scale, 1e-6),
             "fused_add_rms_norm": lambda x: ours.fused_add_rms_norm(x, x, scale, 1e-6)[0],
             "linear": lambda x: ours.linear(x, weight, None),
@@ -75,8 +104,17 @@ def operations(device: torch.device, dtype: torch.dtype) -> dict[str, RowOperati
         table = tiles.table_of(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
         if table is not None and table.gpu is None:
             # a measured table's tiles were compared when they were measured; a reasoned one's are compared here
-            named["tiles"] = lambda x: matmul.gemm(_cancelling(x, -1), _cancelling(weight, 1).t())
-    return named
+            of_hidden["tiles"] = lambda x: matmul.gemm(_cancelling(x, -1), _cancelling(weight, 1).t())
+    return {name: Check(run, hidden) for name, run in of_hidden.items()} | {
+        name: Check(run, shape.vocabulary, SAMPLED_BATCH_SIZES) for name, run in of_logits.items()
+    }
+
+
+def holds(check: Check, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether an operation keeps the bits of random rows."""
+    generator = torch.Generator(device=device).manual_seed(0)
+    x = torch.randn(max(check.sizes), check.length, generator=generator, device=device).to(dtype)
+    return keeps_bits(check.run, x, check.sizes)
 
 
 def _cancelling(x: torch.Tensor, sign: int) -> torch.Tensor:
@@ -85,13 +123,11 @@ def _cancelling(x: torch.Tensor, sign: int) -> torch.Tensor:
     return torch.cat([half, sign * half.flip(1)], dim=1)
 
 
-def run(device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> Report:
+def run(device: torch.device | str, shape: Shape = Shape()) -> Report:
     """Check every operation on the device; takes about a second."""
     device = torch.device(device)
     start = time.perf_counter()
-    generator = torch.Generator(device=device).manual_seed(0)
-    x = torch.randn(max(BATCH_SIZES), WIDTH, generator=generator, device=device).to(dtype)
-    verdicts = {name: keeps_bits(operation, x) for name, operation in operations(device, dtype).items()}
+    verdicts = {name: holds(check, device, shape.dtype) for name, check in operations(device, shape).items()}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     return Report(
         device=name,

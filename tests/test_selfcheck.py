@@ -27,16 +27,22 @@ def test_an_operation_that_looks_beyond_its_row_is_found(operation):
     assert not selfcheck.keeps_bits(operation, X)
 
 
-def test_this_device_passes():
-    report = selfcheck.run("cpu")
-    assert report.ok and {"softmax", "log_softmax"} <= set(report.passed), report
+@pytest.mark.parametrize("shape", [selfcheck.Shape(), selfcheck.Shape(64, 7, torch.float16)])
+def test_this_device_passes(shape):
+    report = selfcheck.run("cpu", shape)
+    assert report.ok and set(report.passed) == {"softmax", "log_softmax", "topk"}, report
+
+
+def test_rows_are_as_long_as_the_models():
+    made = selfcheck.operations(torch.device("cpu"), selfcheck.Shape(64, 1000))
+    assert {check.length for check in made.values()} == {1000}
 
 
 def test_a_failed_operation_fails_the_report(monkeypatch):
     honest = selfcheck.operations
 
-    def one_liar(device, dtype):
-        return honest(device, dtype) | {"liar": lambda x: x + len(x)}
+    def one_liar(device, shape):
+        return honest(device, shape) | {"liar": selfcheck.Check(lambda x: x + len(x), shape.hidden)}
 
     monkeypatch.setattr(selfcheck, "operations", one_liar)
     report = selfcheck.run("cpu")

@@ -302,7 +302,9 @@ def _check(config: Any, device: Any, model: Any) -> None:
             if weight is not None and weight.dim() == 2 and hasattr(module, "quant_method"):
                 bias = None if getattr(module, "skip_bias_add", False) else getattr(module, "bias", None)
                 linear_op.prepare(weight, bias)
-    report = selfcheck.run(device)
+    model_config = config.model_config
+    shape = selfcheck.Shape(model_config.get_hidden_size(), model_config.get_vocab_size(), model_config.dtype)
+    report = selfcheck.run(device, shape)
     numerics = fingerprint.of_worker(config, device, model)
     found = {"version": __version__, "vllm": _release(), "device": report.device, "ok": report.ok}
     status.write(found | {"numerics": numerics})
