@@ -70,9 +70,21 @@ JOBS = {
     "matmul": job("benchmarks/matmul.py --out {out}/matmul.csv", 10),
     "matmul-fp16": job("benchmarks/matmul.py --dtypes fp16 --quick --out {out}/matmul-fp16.csv", 5),
     **{f"prove-{model}": proof(model) for model in ("llama-3.1-8b", "qwen3-8b")},
+    **{
+        f"serving-{backend.partition('_')[0].lower()}": job(
+            f"benchmarks/serving.py --model {{model}} --out {{out}}/{backend} --attention-backend {backend} "
+            "--systems plain kit",
+            10,
+        )
+        for backend in ("TRITON_ATTN", "FLEX_ATTENTION")
+    },
+    "attention": job(
+        "benchmarks/architectures.py --only llama-head-128 mistral-window --attention TRITON_ATTN FLEX_ATTENTION "
+        "--jobs 4 --out {out}/attention.csv --logs {out}/engines",
+        15,
+    ),
     "contexts": job(
-        "benchmarks/serving.py --model {model} --out {out} --name contexts --rounds 3 "
-        "--workloads 1x2k 1x8k 1x32k 1x64k 4x32k",
+        "benchmarks/serving.py --model {model} --out {out}/contexts --rounds 3 --workloads 1x2k 1x8k 1x32k 1x64k 4x32k",
         15,
     ),
 }
