@@ -2,7 +2,7 @@
 
 Backends choose their kernels by what the whole batch holds: prompts or answers alone, the longest query, the longest
 context, the number of requests. So one sequence is computed by the engine's own layers, metadata builders and KV cache
-in batches that differ in all of these, as a whole, in pieces and token by token, and its rows are compared.
+in batches that differ in all of these, as a whole, as a piece and as single tokens, and its rows are compared.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from batch_invariant_ops.proof import same_bits
 
 LENGTH = 777
 """Tokens of the sequence that is compared: several of the longest steps along the keys that a kernel takes."""
-LONGER = (5, 64, 129, 555, 1030)
+ANSWERS = (1, 65, 130, 200, 333, 500, 640, LENGTH)
+"""After how many tokens of it the last is computed by itself, as a token of an answer is."""
+BESIDE = (5, 64, 129, 555, 1030)
 """The contexts beside it, in tokens."""
 SEED = 0
 
@@ -51,8 +53,11 @@ class Verdict:
         return f"{self.layer}, which has other bits {self.differing[0]} ({unproven.WAY_OUT})"
 
 
-def batches(longest: int, most_rows: int, most_requests: int, window: int | None) -> dict[str, list[Request]]:
-    """By what each is like: batches around one sequence, which they compute in whole or in part.
+Batch = list[Request]
+
+
+def batches(longest: int, most_rows: int, most_requests: int, window: int | None) -> dict[str, list[Batch]]:
+    """By what they are like: batches around one sequence, which they compute in whole or in part.
 
     Args:
         longest: context that a request may have, in tokens.
@@ -61,25 +66,25 @@ def batches(longest: int, most_rows: int, most_requests: int, window: int | None
         window: how many tokens a query sees, or None for all.
     """
     length = min(LENGTH, longest, most_rows)
-    contexts = [min(context, longest) for context in (*LONGER, *([window + 65] if window else ()))]
-    answers = [Request(context - 1, context) for context in contexts]
-    whole, last = Request(0, length, True), Request(length - 1, length, True)
-    piece = Request(length // 3, length, True)
+    contexts = [min(context, longest) for context in (*BESIDE, *([window + 65] if window else ()))]
+    beside = [Request(context - 1, context) for context in contexts]
+    last = [Request(stop - 1, stop, True) for stop in sorted({min(stop, length) for stop in ANSWERS})]
+    whole, piece = Request(0, length, True), Request(length // 3, length, True)
     made = {
-        "alone": [whole],
-        "as an answer alone": [last],
-        "as an answer beside answers": [*answers[:2], last, *answers[2:]],
-        "as an answer beside many": [*(answers * 13)[:63], last],
-        "as an answer beside the longest": [Request(longest - 1, longest), last],
-        "as an answer beside a short prompt": [Request(0, min(7, longest)), last],
-        "as an answer beside a prompt": [last, Request(0, min(130, longest))],
-        "as a piece of a prompt beside answers": [*answers, piece],
-        "as a prompt beside all": [Request(0, min(70, longest)), *answers, whole],
+        "alone": [[whole]],
+        "as an answer alone": [[one] for one in last],
+        "as an answer beside answers": [[*beside[:2], one, *beside[2:]] for one in last],
+        "as an answer beside many": [[*(beside * 13)[:63], one] for one in last],
+        "as an answer beside the longest": [[Request(longest - 1, longest), one] for one in last],
+        "as an answer beside a short prompt": [[Request(0, min(7, longest)), one] for one in last],
+        "as an answer beside a prompt": [[one, Request(0, min(130, longest))] for one in last],
+        "as a piece of a prompt beside answers": [[*beside, piece]],
+        "as a prompt beside all": [[Request(0, min(70, longest)), *beside, whole]],
     }
-    return {name: fitting(requests, most_rows, most_requests) for name, requests in made.items()}
+    return {name: [fitting(one, most_rows, most_requests) for one in several] for name, several in made.items()}
 
 
-def fitting(requests: list[Request], most_rows: int, most_requests: int) -> list[Request]:
+def fitting(requests: Batch, most_rows: int, most_requests: int) -> Batch:
     """What of a batch an engine could take, what is compared before all else."""
     rows, kept = sum(one.stop - one.start for one in requests if one.compared), 1
     found = []
@@ -117,7 +122,7 @@ class Sequence:
         """Into the pages; the engine has no request yet whose they could be."""
         self.layer.impl.do_kv_cache_update(self.layer, key, value, self.cache, self.slots)
 
-    def attend(self, builder: Any, requests: list[Request]) -> tuple[torch.Tensor, Request]:
+    def attend(self, builder: Any, requests: Batch) -> tuple[torch.Tensor, Request]:
         """The output [rows, heads, head size] of the compared request's rows in that batch, and which these are."""
         ((index, compared),) = ((i, one) for i, one in enumerate(requests) if one.compared)
         counts = torch.tensor([one.stop - one.start for one in requests], dtype=torch.int32)
@@ -200,14 +205,15 @@ def _try(config: Any, builder: Any, layer: Any, kind: str, metadata: Any) -> Ver
         config.model_config.max_model_len, limits.max_num_batched_tokens, limits.max_num_seqs,
         getattr(layer, "sliding_window", None),
     )  # fmt: skip
-    (whole,) = made["alone"]
+    ((whole,),) = made["alone"]
     page, dtype = builder.kv_cache_spec.block_size, config.model_config.dtype
     sequence = Sequence(layer, page, whole.stop, dtype, metadata)
     reference, _ = sequence.attend(builder, [whole])
-    differing = []
-    for name, requests in made.items():
+
+    def differs(requests: Batch) -> bool:
         rows, which = sequence.attend(builder, requests)
-        if not same_bits(rows.contiguous(), reference[which.start : which.stop].contiguous()):
-            differing.append(name)
+        return not same_bits(rows.contiguous(), reference[which.start : which.stop].contiguous())
+
+    differing = tuple(name for name, several in made.items() if any(map(differs, several)))
     sequence.write(torch.zeros_like(sequence.key), torch.zeros_like(sequence.value))
-    return Verdict(kind, len(made), tuple(differing), time.perf_counter() - begin)
+    return Verdict(kind, sum(map(len, made.values())), differing, time.perf_counter() - begin)
