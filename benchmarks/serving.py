@@ -25,6 +25,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN, OWN, KIT = "plain", "vllm-own-mode", "kit"
@@ -122,14 +123,19 @@ class System:
         reserved = torch.cuda.memory_reserved() if torch.cuda.is_available() else 0
         return {"seconds": round(self.seconds, 1), "gpu_mib": reserved >> 20}
 
-    def versions(self) -> dict[str, str]:
+    def versions(self) -> dict[str, Any]:
         import torch
         import triton
 
         import vllm
 
-        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        return {"gpu": gpu, "vllm": vllm.__version__, "torch": torch.__version__, "triton": triton.__version__}
+        return {
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+            "vllm": vllm.__version__,
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "layers": self.llm.llm_engine.model_config.hf_text_config.num_hidden_layers,
+        }
 
 
 def worker(answers) -> None:
@@ -233,7 +239,7 @@ def measure(workers: list[Worker], workloads: list[str], rounds: int, gpu_ms: di
         print(f"{name}: " + ", ".join(f"{s} {statistics.median(t):.3f} s" for s, t in seconds.items()), flush=True)
 
 
-def record(folder: Path, name: str, versions: dict[str, str], found) -> list[dict]:
+def record(folder: Path, name: str, versions: dict[str, Any], found) -> list[dict]:
     """Write each row to its CSV when it comes, so that a run that is cut short keeps what it has; returns the calls."""
     names = {"call": f"{name}.csv", "kernel": f"{name}-kernels.csv"}
     calls: list[dict] = []
@@ -255,7 +261,7 @@ def record(folder: Path, name: str, versions: dict[str, str], found) -> list[dic
     return calls
 
 
-def add_to(path: Path, versions: dict[str, str], starts: dict, workloads: dict) -> None:
+def add_to(path: Path, versions: dict[str, Any], starts: dict, workloads: dict) -> None:
     """Put a run's figures into the summary, in the place of those of the same release and workloads."""
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     release = content.setdefault("releases", {}).setdefault(versions["vllm"], {})

@@ -12,7 +12,6 @@ import importlib.util
 import os
 import shlex
 import socket
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,21 +92,6 @@ def check_port(settings: Settings) -> None:
             ) from None
 
 
-def automatic_backend() -> str:
-    """FlashAttention with one KV split where the GPU has it (compute capability 8.0 and up), else Triton's."""
-    try:
-        answer = subprocess.run(
-            ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=30,
-        )
-        capability = min(float(line) for line in answer.stdout.split())
-    except (OSError, ValueError, subprocess.TimeoutExpired):
-        return "FLASH_ATTN"
-    return "FLASH_ATTN" if capability >= 8.0 else "TRITON_ATTN"
-
-
 def command(settings: Settings, installed: Installed) -> list[str]:
     """The `vllm serve` that gives these settings; the API key and the token travel in the environment."""
     argv = [sys.executable, "-m"]
@@ -116,11 +100,8 @@ def command(settings: Settings, installed: Installed) -> list[str]:
     else:  # the command line asks for the version of a distribution named vllm, and stops where it has another name
         argv += ["vllm.entrypoints.openai.api_server", "--model", settings.model]
     argv += ["--host", settings.host, "--port", str(settings.port), "--middleware", MIDDLEWARE]
-    backend = settings.attention_backend
-    if backend == "auto" and settings.batch_invariant and not installed.is_cpu:
-        backend = automatic_backend()
-    if backend not in ("auto", "CPU_ATTN"):
-        argv += ["--attention-backend", backend]
+    if settings.attention_backend in GPU_BACKENDS:
+        argv += ["--attention-backend", settings.attention_backend]
     for flag, value in (
         ("--max-model-len", settings.max_model_len),
         ("--tensor-parallel-size", settings.tensor_parallel_size),

@@ -24,6 +24,28 @@ ANSWERS = (1, 65, 130, 200, 333, 500, 640, LENGTH)
 BESIDE = (5, 64, 129, 555, 1030)
 """The contexts beside it, in tokens."""
 SEED = 0
+FLASH, TRITON = "FLASH_ATTN", "TRITON_ATTN"
+
+
+def automatic_backend(model: Any, capability: tuple[int, int] | None) -> tuple[str, str]:
+    """The backend of a model that none was asked for, and why it is that one, or nothing where it is FlashAttention.
+
+    FlashAttention is the faster. With a sliding window its version 3 begins to step along the keys at the first one
+    that a tile of queries sees, so that a row's steps depend on the rows computed with it
+    (github.com/vllm-project/flash-attention, ``hopper/block.h``).
+
+    Args:
+        model: vLLM's ``ModelConfig``.
+        capability: compute capability of the GPU, where it is known.
+    """
+    window = None if model.disable_sliding_window else model.get_sliding_window()
+    if capability is not None and capability < (8, 0):
+        return TRITON, f"FlashAttention needs compute capability 8.0, and this is {'.'.join(map(str, capability))}"
+    if model.dtype == torch.float32:
+        return TRITON, "FlashAttention does not compute in float32"
+    if window is not None and window < model.max_model_len:
+        return TRITON, f"FlashAttention is not batch invariant with a sliding window, of {window} here"
+    return FLASH, ""
 
 
 @dataclass(frozen=True)

@@ -106,13 +106,37 @@ def _patch_envs(envs: ModuleType) -> None:
 
 
 def _patch_config(config: ModuleType) -> None:
-    """Leave torch.compile on where vLLM 0.32 turns it off, so that its kernels' tiles can be chosen by M.
+    """Leave torch.compile on where vLLM 0.32 turns it off, and choose an attention backend where the user did not.
 
-    Ours are chosen inside an opaque operation, which compiled code reaches with the M of the run.
+    vLLM turns it off so that its kernels' tiles can be chosen by M. Ours are chosen inside an opaque operation, which
+    compiled code reaches with the M of the run.
     """
     name = "_uses_breakable_cudagraph_for_batch_invariance"
     if hasattr(config.VllmConfig, name):
         setattr(config.VllmConfig, name, lambda self: False)
+    finish = config.VllmConfig.__post_init__
+
+    def choose_attention_and_finish(self: Any) -> None:
+        _choose_attention(self)
+        finish(self)
+
+    config.VllmConfig.__post_init__ = choose_attention_and_finish
+
+
+def _choose_attention(config: Any) -> None:
+    """Before anything else goes by it: vLLM's own choice may be one that is not batch invariant, or refused by it."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from batch_invariant_ops.integrations import attention
+
+    model, chosen = config.model_config, config.attention_config
+    if model is None or model.use_mla or chosen.backend is not None or not current_platform.is_cuda():
+        return
+    name, why = attention.automatic_backend(model, current_platform.get_device_capability())
+    if why:
+        logger.info("attention by %s: %s", name, why)
+    chosen.backend = AttentionBackendEnum[name]
 
 
 def _patch_seam(seam: ModuleType) -> None:

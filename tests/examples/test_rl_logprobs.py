@@ -14,6 +14,7 @@ import pytest
 import rl_logprobs
 from fake_server import Behaviour, serving
 from local_server import Failure, members
+from real_server import needs_vllm
 from rl_logprobs import MODE, OURS, PLAIN, SERVED, SHIPPED, Difference, Differences, ask, compare, tell
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,6 +145,7 @@ def test_the_documented_tables_have_the_programs_own_rows():
             assert f"| {sampler} | {trainer} |" in text
 
 
+@needs_vllm
 @pytest.mark.server
 @pytest.mark.timeout(SECONDS)
 def test_the_trainer_in_the_servers_form_has_the_batch_invariant_servers_logprobs_and_no_other(tmp_path):
@@ -165,6 +167,7 @@ def test_the_trainer_in_the_servers_form_has_the_batch_invariant_servers_logprob
     assert needed | {"matrix products"} == set(found["without"])
 
 
+@needs_vllm
 @pytest.mark.server
 @pytest.mark.timeout(SECONDS)
 def test_interrupting_it_while_a_server_starts_ends_the_server():

@@ -5,11 +5,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from real_server import ON_GPU, SECONDS, needs_server
 
-from batch_invariant_ops.integrations.attention import ANSWERS, LENGTH, Request, batches, fitting
+from batch_invariant_ops.integrations.attention import (
+    ANSWERS,
+    FLASH,
+    LENGTH,
+    TRITON,
+    Request,
+    automatic_backend,
+    batches,
+    fitting,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,6 +51,33 @@ def test_what_does_not_fit_is_left_out_and_never_what_is_compared():
     one, other, third = Request(0, 30), Request(0, 5, True), Request(0, 4)
     assert fitting([one, other, third], 10, 8) == [other, third]
     assert fitting([third, one, other], 100, 2) == [third, other]
+
+
+@pytest.mark.parametrize(
+    ("changes", "capability", "backend", "why"),
+    [
+        ({}, (9, 0), FLASH, ""),
+        ({}, (8, 0), FLASH, ""),
+        ({}, None, FLASH, ""),
+        ({"dtype": torch.float16}, (9, 0), FLASH, ""),
+        ({}, (7, 5), TRITON, "needs compute capability 8.0, and this is 7.5"),
+        ({"dtype": torch.float32}, (9, 0), TRITON, "does not compute in float32"),
+        ({"get_sliding_window": lambda: 2047}, (9, 0), TRITON, "with a sliding window, of 2047 here"),
+        ({"get_sliding_window": lambda: 2048}, (9, 0), FLASH, ""),
+        ({"get_sliding_window": lambda: 64, "disable_sliding_window": True}, (9, 0), FLASH, ""),
+    ],
+)
+def test_a_model_that_no_backend_was_asked_for_has_the_fastest_that_is_batch_invariant(
+    changes, capability, backend, why
+):
+    plain = {
+        "disable_sliding_window": False,
+        "get_sliding_window": lambda: None,
+        "dtype": torch.bfloat16,
+        "max_model_len": 2048,
+    }
+    chosen, said = automatic_backend(SimpleNamespace(**plain | changes), capability)
+    assert chosen == backend and (why in said if why else not said)
 
 
 TRY = """

@@ -113,6 +113,38 @@ def test_compilation_stays_on_where_vllms_own_mode_would_give_it_up(switch):
     assert done.stdout.splitlines()[-1:] == [str(switch == "0")], done.stderr
 
 
+@needs_vllm
+@pytest.mark.parametrize("backend", ["None", "AttentionBackendEnum.FLASH_ATTN"])
+def test_a_model_with_a_sliding_window_has_tritons_attention_unless_the_user_chose(backend):
+    """Before vLLM's configuration is finished, and on a card that is only said to be there."""
+    done = python(
+        "from types import SimpleNamespace as Is\n"
+        "import torch, vllm.platforms as platforms\n"
+        "from vllm.config.vllm import VllmConfig\n"
+        "from vllm.v1.attention.backends.registry import AttentionBackendEnum\n"
+        "from batch_invariant_ops.integrations import vllm as integration\n"
+        "choose = integration._choose_attention\n"
+        "def choose_for_a_card(config):\n"
+        "    platforms.current_platform.is_cuda = lambda: True\n"
+        "    platforms.current_platform.get_device_capability = lambda: platforms.interface.DeviceCapability(9, 0)\n"
+        "    model = Is(disable_sliding_window=False, get_sliding_window=lambda: 512, dtype=torch.bfloat16,\n"
+        "        max_model_len=4096, use_mla=False)\n"
+        "    attention = Is(backend=" + backend + ")\n"
+        "    choose(Is(model_config=model, attention_config=attention))\n"
+        "    print('CHOSEN', attention.backend.name, flush=True)\n"
+        "    raise SystemExit\n"
+        "integration._choose_attention = choose_for_a_card\n"
+        "VllmConfig()",
+        BATCH_INVARIANT="1",
+    )
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("CHOSEN")]
+    assert line.split()[1] == ("TRITON_ATTN" if backend == "None" else "FLASH_ATTN"), done.stderr
+    assert (
+        "attention by TRITON_ATTN: FlashAttention is not batch invariant with a sliding window, of 512 here"
+        in done.stderr
+    ) is (backend == "None")
+
+
 FAILS_CLOSED = """
 import vllm.model_executor.determinism.batch_invariant as seam
 print('imported', flush=True)
