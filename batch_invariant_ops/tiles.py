@@ -24,9 +24,18 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 SHIPPED = Path(__file__).with_name("tables")
 NO_LIMIT = 2**62
-PLAIN, COPYING, STAYING, FLATTENED = FORMS = ("plain", "copying", "staying", "flattened")
+PLAIN, COPYING, STAYING, FLATTENED, SPECIALISED = FORMS = ("plain", "copying", "staying", "flattened", "specialised")
 """How a program reads and what it does then: through pointers, one tile; by the copy engine (TMA), one tile; by it,
-tile after tile, on as many programs as there is room for (persistent); the same with all tiles' steps in one loop."""
+tile after tile, on as many programs as there is room for (persistent); the same with all tiles' steps in one loop; by
+it, one tile, with a warp that does nothing else."""
+LINE = 64
+"""Elements of 16 bits in a line of shared memory, as a specialised tile has them; its k is a multiple."""
+WGMMA_ROWS = 64
+"""Rows of the first operand that wgmma multiplies at once, per warp group."""
+GENERAL_BYTES = 192 * 1024
+"""Of shared memory for a tile that runs instead of a specialised one."""
+ALIGNMENT = 1024
+"""Bytes that may be lost between a specialised tile's operands."""
 MULTIPROCESSOR_BYTES, MULTIPROCESSOR_REGISTERS = 228 * 1024, 65536
 """Of sm_90 and sm_100; by fewer, some programs of a staying tile begin when others end."""
 
@@ -40,7 +49,8 @@ class Tile:
         warps, stages: Triton's ``num_warps`` and ``num_stages``.
         group: row tiles that share columns in L2 before the next columns come.
         swap: compute the tile's transpose, W·xᵀ, so that weights feed the wide side of the tensor core at small M.
-        form: one of :data:`FORMS`; where the copy engine cannot serve, the plain one runs with all else the same.
+        form: one of :data:`FORMS`; where the copy engine cannot serve, the plain one runs with all else the same. A
+            specialised tile may be narrower and deeper than others, and runs as :attr:`general` where it must.
 
     Raises:
         ValueError: a value that no kernel can be made of.
@@ -56,12 +66,15 @@ class Tile:
     form: str = PLAIN
 
     def __post_init__(self) -> None:
+        special = self.form == SPECIALISED
         powers = {"m": (16, 256), "n": (16, 256), "k": (16, 256), "warps": (1, 16)}
+        if special:
+            powers |= {"m": (8, 256), "n": (8, 256), "k": (LINE, 512)}
         for name, (low, high) in powers.items():
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high or value & (value - 1):
                 raise ValueError(f"a tile's {name} is {value!r}: a power of two from {low} to {high} is needed")
-        for name, high in (("stages", 8), ("group", 1024)):
+        for name, high in (("stages", 32 if special else 8), ("group", 1024)):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= high:
                 raise ValueError(f"a tile's {name} is {value!r}: a whole number from 1 to {high} is needed")
@@ -69,6 +82,42 @@ class Tile:
             raise ValueError(f"a tile's swap is {self.swap!r}: true or false is needed")
         if self.form not in FORMS:
             raise ValueError(f"a tile's form is {self.form!r}: one of {', '.join(FORMS)} is needed")
+        if special and (self.warps != self.fed // 16 or self.wide > 128 or self.stages < 2):
+            raise ValueError(
+                f"a specialised tile of {self.wide} rows for wgmma has {self.warps} warps and {self.stages} stages: "
+                "at most 128 rows, a warp for 16 of them but 4 at least, and 2 stages are needed"
+            )
+
+    @property
+    def wide(self) -> int:
+        """Of a specialised tile: the rows of the operand on wgmma's wide side; columns of the output with ``swap``."""
+        return self.n if self.swap else self.m
+
+    @property
+    def thin(self) -> int:
+        return self.m if self.swap else self.n
+
+    @property
+    def fed(self) -> int:
+        """Rows that wgmma reads; beyond the tile's own, whatever lies there."""
+        return max(WGMMA_ROWS, self.wide)
+
+    @property
+    def behind(self) -> int:
+        """Slots behind a specialised tile's last stage, for what is read there."""
+        return -(-(self.fed - self.wide) * LINE // (self.wide * self.k))
+
+    @property
+    def general(self) -> Tile:
+        """Of a specialised tile, the copying one that is most like it; else the tile itself."""
+        if self.form != SPECIALISED:
+            return self
+        thin, k = max(16, self.thin), min(256, self.k)
+        m, n = (thin, self.fed) if self.swap else (self.fed, thin)
+        while 2 * (m + n) * k * 2 > GENERAL_BYTES:
+            k //= 2
+        stages = min(8, GENERAL_BYTES // ((m + n) * k * 2))
+        return Tile(m, n, k, self.warps, stages, self.group, self.swap, COPYING)
 
     @property
     def stays(self) -> bool:
@@ -99,6 +148,8 @@ class Tile:
         operands = (self.m + self.n) * self.k * itemsize * self.stages
         if self.form == PLAIN:
             return operands
+        if self.form == SPECIALISED:
+            return operands + self.behind * self.wide * self.k * itemsize + 16 * self.stages + ALIGNMENT
         result = self.m * self.n * itemsize // self.parts
         operands += 8 * self.stages
         return operands + result + self.n * itemsize if self.stays else max(operands, result)

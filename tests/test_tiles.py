@@ -140,7 +140,8 @@ def test_a_table_of_before_there_were_forms_is_read_as_plain():
 
 @pytest.mark.parametrize("form", tiles.FORMS)
 def test_a_form_survives_being_written_and_read(form):
-    table = Table((9, 0), "a card", ((NO_LIMIT, replace(OTHER, form=form)),), {})
+    wide = {"n": 64} if form == tiles.SPECIALISED else {}
+    table = Table((9, 0), "a card", ((NO_LIMIT, replace(OTHER, form=form, **wide)),), {})
     assert tiles.parse(json.loads(json.dumps(tiles.content_of(table)))) == table
 
 
@@ -150,6 +151,39 @@ def test_a_tile_that_stays_counts_its_result_and_leaves_room_for_as_many_as_fit(
     assert plain.shared_memory() < copying.shared_memory() < staying.shared_memory()
     assert (copying.parts, staying.parts, replace(staying, swap=True, m=64).parts) == (1, 2, 1)
     assert staying.residents == 1 and replace(square, form=tiles.STAYING).residents == 2
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (
+            {"n": 256, "warps": 16},
+            "a specialised tile of 256 rows for wgmma has 16 warps and 4 stages: at most 128",
+        ),
+        ({"warps": 8}, "a specialised tile of 32 rows for wgmma has 8 warps"),
+        ({"stages": 1}, "4 warps and 1 stages"),
+        ({"stages": 33}, "a tile's stages is 33: a whole number from 1 to 32"),
+        ({"k": 32}, "a tile's k is 32: a power of two from 64 to 512"),
+        ({"m": 4}, "a tile's m is 4: a power of two from 8 to 256"),
+        ({"form": "copying"}, "a tile's m is 8: a power of two from 16 to 256"),
+    ],
+)
+def test_a_specialised_tile_has_bounds_of_its_own(changes, said):
+    narrow = Tile(m=8, n=32, k=512, warps=4, stages=4, swap=True, form=tiles.SPECIALISED)
+    assert (narrow.wide, narrow.thin, narrow.fed, narrow.behind) == (32, 8, 64, 1)
+    with pytest.raises(ValueError, match=said):
+        replace(narrow, **changes)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("wide, thin, k", [(16, 8, 64), (64, 32, 128), (128, 256, 512)])
+def test_a_specialised_tile_has_a_copying_one_for_where_it_does_not_serve(swap, wide, thin, k):
+    m, n = (thin, wide) if swap else (wide, thin)
+    tile = Tile(m, n, k, max(4, wide // 16), 2, swap=swap, form=tiles.SPECIALISED)
+    general = tile.general
+    assert (general.form, general.swap, general.general) == (tiles.COPYING, swap, general)
+    assert general.wide == tile.fed and general.stages >= 2
+    assert general.shared_memory() <= SHARED_MEMORY[9, 0] * 1024
 
 
 def test_fp32_runs_one_tile_everywhere():

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from batch_invariant_ops import tiles
-from batch_invariant_ops.ops import vendor_gemm
+from batch_invariant_ops.ops import specialised, vendor_gemm
 from batch_invariant_ops.proof import probe, same_bits
-from batch_invariant_ops.tiles import PLAIN, Tile
+from batch_invariant_ops.tiles import PLAIN, SPECIALISED, Tile
 
 try:
     import triton
@@ -185,7 +185,7 @@ if triton is not None:
                 BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SWAP, HAS_BIAS, PARTS,
             )  # fmt: skip
 
-    KERNELS = (_place, _copied_tile, _copying_kernel, _matmul_kernel)
+    KERNELS = (_place, _copied_tile, _copying_kernel, _matmul_kernel, *specialised.KERNELS)
 
 
 def gemm(
@@ -258,9 +258,17 @@ def warm_up(a: torch.Tensor, b: torch.Tensor, *, tile: Tile) -> Any:
 
 def _launch(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, tile: Tile) -> torch.Tensor:
     c = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
-    kernel, grid, operands, options = _call(a, b, None if bias is None else bias.contiguous(), c, tile)
+    bias = None if bias is None else bias.contiguous()
+    kernel, grid, operands, options = _call(a, b, bias, c, tile)
     with torch.cuda.device(a.device) if a.is_cuda else _nothing():
-        kernel[grid](*operands, **options)
+        try:
+            kernel[grid](*operands, **options)
+        except Exception as error:  # whatever a compiler may raise
+            if kernel not in specialised.KERNELS:
+                raise
+            specialised.give_up(error)
+            kernel, grid, operands, options = _call(a, b, bias, c, tile)
+            kernel[grid](*operands, **options)
     return c
 
 
@@ -275,8 +283,10 @@ def _call(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, c: torch.
     if tile.form != PLAIN and a.shape[0] == 1 and _has_copy_engine(a.device):
         x, w, y = a[0], b[0].t(), c[0]
         if _copies(x) and _copies(w) and _copies(y):
-            return _by_copies(x, w, bias, y, tile)
-    return _by_pointers(a, b, bias, c, tile)
+            if tile.form == SPECIALISED and specialised.serves(tile, a.shape[2], _capability(a.device)):
+                return specialised.call(x, w, bias, y, tile)
+            return _by_copies(x, w, bias, y, tile.general)
+    return _by_pointers(a, b, bias, c, tile.general)
 
 
 def _by_pointers(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, c: torch.Tensor, tile: Tile) -> Call:
@@ -352,9 +362,15 @@ def _has_copy_engine(device: torch.device) -> bool:
     """Whether there is one, and a Triton that knows it; the interpreter imitates it."""
     if TensorDescriptor is None:
         return False
+    return _capability(device) >= (9, 0) or (device.type == "cpu" and _interpreted())
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU, or of the one that a meta tensor's kernels are compiled for; (0, 0) elsewhere."""
     if device.type == "meta":
-        return triton.runtime.driver.active.get_current_target().arch >= 90
-    return card(device)[1] >= (9, 0) if device.type == "cuda" else _interpreted()
+        major, minor = divmod(triton.runtime.driver.active.get_current_target().arch, 10)
+        return major, minor
+    return card(device)[1]
 
 
 @functools.cache

@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
-from batch_invariant_ops.ops import matmul
-from batch_invariant_ops.tiles import COPYING, FLATTENED, PLAIN, STAYING, Tile
+from batch_invariant_ops.ops import matmul, specialised
+from batch_invariant_ops.tiles import COPYING, FLATTENED, LINE, PLAIN, SPECIALISED, STAYING, Tile
 
 LIMIT = 40
 ALIKE, TWINS = 6, 2
@@ -17,6 +17,10 @@ ALIKE_PLAIN, ALIKE_COPYING = 2, 3
 """Instead, of one size, order and form, where there are several forms."""
 FEW_ROWS, COPYING_FEW = 64, 10
 """With fewer rows the weights are waited for, however they come: then so many of all candidates copy."""
+SPECIALISED_ROWS, SPECIALISED_FEW = 512, 14
+"""More rows give a specialised tile nothing to gain; with fewer, so many are added to the others."""
+SPECIALISED_BYTES_PER_CLOCK, CHAINED = 70, 24
+"""Of a warp that only copies; and clocks from one step of a sum to the next."""
 GROUPS = (4, 16)
 REGROUPED = 6
 ACCUMULATORS = 128
@@ -77,7 +81,31 @@ def candidates(m: int, n: int, k: int, card: Card, limit: int = LIMIT) -> list[T
             seen.update((size, twins, (plain,)))
             chosen.append(tile)
     several = [tile for tile in chosen if m >= 4 * tile.m]
-    return chosen + [replace(tile, group=group) for tile in several[:REGROUPED] for group in GROUPS]
+    regrouped = [replace(tile, group=group) for tile in several[:REGROUPED] for group in GROUPS]
+    special = sorted(_specialised(m, n, k, card), key=lambda tile: (guess(tile, m, n, k, card), repr(tile)))
+    return chosen + regrouped + special[:SPECIALISED_FEW]
+
+
+def _specialised(m: int, n: int, k: int, card: Card) -> list[Tile]:
+    """Every specialised tile of a coarse grid that keeps enough blocks in flight."""
+    if card.capability[0] != 9 or m > SPECIALISED_ROWS or not matmul.copies(n, k) or k % LINE:
+        return []
+    rows = max(8, 1 << (m - 1).bit_length())
+    found = []
+    sizes = itertools.product((16, 32, 64, 128), (8, 16, 32, 64), (128, 256, 512), (False, True))
+    for wide, thin, depth, swap in sizes:
+        height, width = (thin, wide) if swap else (wide, thin)
+        if depth > k or height > max(rows, 16) or (rows <= 64 and height < rows // 2) or (wide < 64 and not swap):
+            continue
+        bare = Tile(height, width, depth, max(4, wide // 16), 2, swap=swap, form=SPECIALISED)
+        stages = min(32, -(-k // depth), 2 + (card.shared_memory - bare.shared_memory()) // _slot(bare))
+        if stages > 2 and specialised.serves(bare, k, card.capability):
+            found.append(replace(bare, stages=stages))
+    return found
+
+
+def _slot(tile: Tile) -> int:
+    return replace(tile, stages=3).shared_memory() - replace(tile, stages=2).shared_memory()
 
 
 def _fitting(m: int, n: int, k: int, card: Card) -> list[Tile]:
@@ -128,6 +156,11 @@ def guess(tile: Tile, m: int, n: int, k: int, card: Card) -> float:
     Good enough to say which few dozen of hundreds to measure, never to choose among those.
     """
     programs = -(-m // tile.m) * -(-n // tile.n)
+    if tile.form == SPECIALISED:
+        reads = (tile.m + tile.n) * tile.k * 2 / SPECIALISED_BYTES_PER_CLOCK
+        arithmetic = 2 * tile.fed * tile.thin * tile.k / TENSOR_CORES[9]
+        step = max(reads, arithmetic, tile.k / 16 * CHAINED) + STEP + LATENCY / tile.stages / 4
+        return -(-programs // card.multiprocessors) * (PROGRAM_START + -(-k // tile.k) * step)
     shared = card.shared_memory // tile.shared_memory()
     registers = REGISTERS // (32 * tile.warps * min(255, tile.m * tile.n // (32 * tile.warps) + 56))
     resident = max(1, min(shared, registers, 48 // tile.warps))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple
 
 from batch_invariant_ops.ops import matmul
-from batch_invariant_ops.tiles import PLAIN, Tile
+from batch_invariant_ops.tiles import LINE, PLAIN, SPECIALISED, Tile
 from batch_invariant_ops.tuning.candidates import Card
 from batch_invariant_ops.tuning.child import Child, Gone
 from batch_invariant_ops.tuning.search import Point
@@ -109,5 +109,5 @@ class Pool:
 def _kernel(point: Point, tile: Tile) -> Kernel:
     """What Triton compiles anew for: points that agree in it share a kernel."""
     if tile.form != PLAIN and matmul.copies(point.n, point.k):
-        return tile, True, True, True, False
+        return tile, True, True, tile.form != SPECIALISED or point.k % LINE == 0, False
     return tile, point.n % 16 == 0, point.k % 16 == 0, point.k % tile.k == 0, point.n * point.k >= 2**31

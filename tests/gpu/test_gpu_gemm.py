@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import batch_invariant_ops as ours
 from batch_invariant_ops import tiles
-from batch_invariant_ops.ops import linear, matmul
+from batch_invariant_ops.ops import linear, matmul, specialised
 from batch_invariant_ops.proof import agreement, probe, same_bits
 
 pytestmark = [
@@ -29,13 +29,23 @@ COPIED = [
 ]
 
 
+SPECIALISED = [
+    tiles.Tile(m=8, n=32, k=256, warps=4, stages=10, swap=True, form=tiles.SPECIALISED),
+    tiles.Tile(m=16, n=16, k=512, warps=4, stages=6, swap=True, form=tiles.SPECIALISED),
+    tiles.Tile(m=32, n=64, k=64, warps=4, stages=2, swap=True, form=tiles.SPECIALISED),
+    tiles.Tile(m=32, n=128, k=64, warps=8, stages=8, swap=True, form=tiles.SPECIALISED),
+    tiles.Tile(m=64, n=32, k=128, warps=4, stages=8, form=tiles.SPECIALISED),
+    tiles.Tile(m=128, n=64, k=128, warps=8, stages=4, form=tiles.SPECIALISED),
+]
+
+
 def shared_memory():
     return getattr(torch.cuda.get_device_properties(0), "shared_memory_per_block_optin", 99 * 1024)
 
 
 def copied(form):
     """The tiles that are tried in each form, those that fit."""
-    made = [replace(tile, form=form) for tile in COPIED]
+    made = SPECIALISED if form == tiles.SPECIALISED else [replace(tile, form=form) for tile in COPIED]
     return [tile for tile in made if tile.shared_memory() <= shared_memory()]
 
 
@@ -69,7 +79,9 @@ def test_every_tile_gives_the_same_bits(dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("n, k", [(264, 1000), (1000, 72), (520, 8), (2056, 4104), (260, 1024), (264, 1020)])
+@pytest.mark.parametrize(
+    "n, k", [(264, 1000), (1000, 72), (520, 8), (2056, 4104), (264, 192), (260, 1024), (264, 1020)]
+)
 def test_every_form_gives_the_same_bits_at_every_edge(dtype, n, k):
     """Ragged N and K; the last two are none that the copy engine can serve."""
     x, w, bias = probe(700, n, k, dtype, GPU, True)
@@ -112,6 +124,33 @@ def test_on_this_card_the_copy_engine_is_what_runs():
     x, w, _ = probe(8, 64, 64, torch.bfloat16, GPU)
     kernel = matmul.warm_up(x, w.t(), tile=copied(tiles.COPYING)[0])
     assert "cp.async.bulk.tensor" in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("tile", SPECIALISED, ids=lambda tile: f"{tile.m}x{tile.n}x{tile.k}")
+def test_on_this_card_the_specialised_form_is_what_runs(tile):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the form is for sm_90")
+    x, w, bias = probe(300, 520, 1024, torch.bfloat16, GPU, True)
+    kernel, *_ = matmul._call(x[None], w.t()[None], bias, x.new_empty(1, 300, 520), tile)
+    assert kernel in specialised.KERNELS
+    matmul.gemm(x, w.t(), bias, tile=tile)
+    assert not specialised._failed
+
+
+@pytest.mark.parametrize("tile", SPECIALISED, ids=lambda tile: f"{tile.m}x{tile.n}x{tile.k}")
+@pytest.mark.parametrize("n, k", [(1280, 8192), (896, 4864), (1000, 1088)])
+def test_specialised_tiles_have_the_fixed_tiles_bits_each_time(tile, n, k):
+    """Far more turns of the ring of slots than there are slots, and neighbours that are no numbers."""
+    x, w, _ = probe(130, n, k, torch.bfloat16, GPU)
+    x[5], x[77] = torch.nan, torch.inf
+    expected = matmul.gemm(x, w.t(), tile=tiles.SAFE)
+    rest = [row for row in range(130) if row not in (5, 77)]
+    for m in (1, 6, 64, 78, 130):
+        kept = [row for row in rest if row < m]
+        for _ in range(50):
+            y = matmul.gemm(x[:m], w.t(), tile=tile)
+            assert same_bits(y[kept], expected[kept]), m
+            assert bool(y[5:6].isnan().all()) and not bool(y[77:78].isfinite().any())
 
 
 def test_the_probe_would_show_another_order_of_summation():

@@ -118,6 +118,17 @@ def test_other_forms_have_the_plain_ones_bits(form, tile, m, k, n, has_bias, ran
 
 
 @needs_descriptors
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("m, k, n", [(1, 64, 16), (17, 128, 40), (17, 40, 40), (5, 36, 24)])
+def test_where_a_specialised_tile_does_not_serve_its_copying_one_or_pointers_do(swap, m, k, n, random):
+    a, b = random(m, k, dtype=torch.float16), random(n, k, dtype=torch.float16).t()
+    tile = tiles.Tile(m=16, n=16, k=64, warps=4, stages=2, swap=swap, form=tiles.SPECIALISED)
+    assert form_that_runs(a, b, tile=tile) == (tiles.COPYING if k % 8 == 0 else tiles.PLAIN)
+    # the interpreter's sums go by the step along K
+    assert same_bits(matmul.gemm(a, b, tile=tile), matmul.gemm(a, b, tile=replace(tile.general, form=tiles.PLAIN)))
+
+
+@needs_descriptors
 @pytest.mark.parametrize(
     "operands, serves",
     {

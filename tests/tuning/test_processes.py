@@ -8,8 +8,8 @@ from dataclasses import astuple, replace
 import pytest
 import torch
 
-from batch_invariant_ops.ops import matmul
-from batch_invariant_ops.tiles import COPYING, FLATTENED, SAFE, STAYING, Tile
+from batch_invariant_ops.ops import matmul, specialised
+from batch_invariant_ops.tiles import COPYING, FLATTENED, PLAIN, SAFE, SPECIALISED, STAYING, Tile
 from batch_invariant_ops.tuning import bench as benches
 from batch_invariant_ops.tuning.bench import Bench, Broken, OutOfMemory
 from batch_invariant_ops.tuning.candidates import Card
@@ -67,6 +67,11 @@ def children():
         child.kill()
 
 
+SPECIAL = [
+    Tile(m=8, n=32, k=256, warps=4, stages=10, swap=True, form=SPECIALISED),
+    Tile(m=64, n=32, k=128, warps=4, stages=9, form=SPECIALISED),
+    Tile(m=32, n=128, k=64, warps=8, stages=8, swap=True, form=SPECIALISED),
+]
 needs_triton = pytest.mark.skipif(matmul.triton is None or sys.platform != "linux", reason="needs Triton")
 
 
@@ -94,6 +99,15 @@ class TestCompiling:
             tile = replace(tile, form=form)
             pipelined = (tile.m + tile.n) * tile.k * 2 * tile.stages
             assert pipelined < compiled(tile)["shared"] <= tile.shared_memory(), tile
+
+    @pytest.mark.skipif(specialised.gluon is None, reason="this Triton has no Gluon")
+    @pytest.mark.parametrize("tile", SPECIAL, ids=str)
+    def test_a_specialised_one_needs_no_more_than_it_says(self, compiled, tile):
+        pipelined = (tile.m + tile.n) * tile.k * 2 * tile.stages
+        if tile.fed == tile.wide or specialised.narrow:
+            assert pipelined < compiled(tile)["shared"] <= tile.shared_memory()
+        assert compiled(tile, capability=(10, 0)) == compiled(tile.general, capability=(10, 0))
+        assert compiled(tile, n=60) == compiled(replace(tile.general, form=PLAIN), n=60)
 
     @pytest.mark.parametrize("question", [{"n": 60}, {"k": 1020}, {"capability": (8, 0)}], ids=str)
     def test_where_the_copy_engine_cannot_serve_the_plain_form_is_compiled(self, compiled, question):
@@ -127,6 +141,8 @@ def test_the_number_of_rows_does_not_compile_anew():
 @needs_triton
 def test_nothing_of_a_shape_compiles_a_described_kernel_anew():
     assert matmul._copying_kernel.do_not_specialize == ["M", "N", "K"]
+    if specialised.gluon is not None:
+        assert specialised._specialised_kernel.do_not_specialize == ["M", "N", "steps", "wide_tiles"]
 
 
 class TestChild:

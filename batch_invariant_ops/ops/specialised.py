@@ -1,0 +1,203 @@
+"""The GEMM's warp-specialised form for sm_90: one warp copies operands, the others do nothing but multiply.
+
+With few rows and few columns, each of the K/16 steps of a sum waits for the one before, and that chain is what takes
+the time. Two things make it short. wgmma's step is shorter than mma.sync's, but it computes 64 rows: so a narrow tile
+copies no more than it needs, and lets wgmma read on into whatever lies behind it, for sums that nobody stores. And a
+copying warp with mbarriers of its own keeps so much in flight that the steps never wait for memory at a block's end.
+
+K ascends in one accumulator, in steps of 16, as in every other form: the bits are the same. Written in Gluon, Triton's
+lower language, of which releases differ; where it does not serve, the copying form runs. The scheme is that of
+CUTLASS's warp-specialised kernels (github.com/NVIDIA/cutlass, ``sm90_mma_tma_gmma_ss_warpspecialized.hpp``).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from batch_invariant_ops.tiles import LINE, Tile
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Descriptor
+except ImportError:  # no Triton, or one without Gluon for this card
+    gluon = None
+
+logger = logging.getLogger(__name__)
+COPYING_REGISTERS = 40
+narrow = False
+"""Whether wgmma may be fed rows beyond a tile's own: from Triton 3.8 on, a view may not reach beyond its memory."""
+_failed = False
+
+KERNELS: tuple[Any, ...] = ()
+if gluon is not None:
+    narrow = hasattr(gl.shared_memory_descriptor, "_reinterpret")
+    # their names changed between 3.6 and 3.9
+    _barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+    _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+    _view = getattr(gl.shared_memory_descriptor, "_reinterpret", None) or gl.shared_memory_descriptor.reinterpret
+
+    @gluon.jit
+    def _copy(
+        wide_of, thin_of, wide, thin, full, empty, wide_at, thin_at, steps,
+        WIDE: gl.constexpr, THIN: gl.constexpr, LINES: gl.constexpr, STAGES: gl.constexpr,
+    ):  # fmt: skip
+        """The copying warp: block after block of both operands, each into the slot that was emptied first."""
+        slot = 0
+        phase = 1  # a barrier's phase before its first one counts as over: at first every slot is empty
+        for step in range(steps):
+            mbarrier.wait(empty.index(slot), phase)
+            bar = full.index(slot)
+            mbarrier.expect(bar, LINES * 128 * (WIDE + THIN))
+            _load(wide_of, [step * LINES, wide_at, 0], bar, wide.index(slot))
+            _load(thin_of, [step * LINES, thin_at, 0], bar, thin.index(slot))
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                phase ^= 1
+
+    @gluon.jit
+    def _multiply(
+        wide, thin, full, empty, bias_ptr, c_ptr, wide_at, thin_at, steps, M, N,
+        WIDE: gl.constexpr, FED: gl.constexpr, THIN: gl.constexpr, LINES: gl.constexpr, STAGES: gl.constexpr,
+        SWAP: gl.constexpr, HAS_BIAS: gl.constexpr, LAYOUT: gl.constexpr, WARPS: gl.constexpr,
+    ):  # fmt: skip
+        """The multiplying warps: a block's steps are all in flight before those of the block before are waited for."""
+        SUMS: gl.constexpr = gl.NVMMADistributedLayout(
+            version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, THIN, 16]
+        )
+        ELEMENT: gl.constexpr = c_ptr.dtype.element_ty
+        sums = gl.zeros((FED, THIN), gl.float32, SUMS)
+        slot = 0
+        phase = 0
+        before = 0
+        for step in range(steps):
+            mbarrier.wait(full.index(slot), phase)
+            wides = _view(wide.index(slot), ELEMENT, [LINES, WIDE, 64], LAYOUT)
+            thins = _view(thin.index(slot), ELEMENT, [LINES, THIN, 64], LAYOUT)
+            for line in gl.static_range(LINES):
+                a = wides.index(line)
+                if FED != WIDE:
+                    a = _view(a, ELEMENT, [FED, 64], LAYOUT)
+                sums = warpgroup_mma(a, thins.index(line).permute((1, 0)), sums, is_async=True)
+            sums = warpgroup_mma_wait(LINES, deps=[sums])
+            mbarrier.arrive(empty.index(before), count=1, pred=step > 0)
+            before = slot
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                phase ^= 1
+        sums = warpgroup_mma_wait(0, deps=[sums])
+        i = gl.arange(0, FED, gl.SliceLayout(1, SUMS))
+        j = gl.arange(0, THIN, gl.SliceLayout(0, SUMS))
+        if SWAP:
+            columns = wide_at + i
+            rows = thin_at + j
+            if HAS_BIAS:
+                sums += gl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(gl.float32)[:, None]
+            at = c_ptr + columns[:, None] + rows.to(gl.int64)[None, :] * N
+            inside = ((i < WIDE) & (columns < N))[:, None] & (rows < M)[None, :]
+        else:
+            columns = thin_at + j
+            rows = wide_at + i
+            if HAS_BIAS:
+                sums += gl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(gl.float32)[None, :]
+            at = c_ptr + columns[None, :] + rows.to(gl.int64)[:, None] * N
+            inside = ((i < WIDE) & (rows < M))[:, None] & (columns < N)[None, :]
+        gl.store(at, sums.to(ELEMENT), mask=inside)
+
+    @gluon.jit(do_not_specialize=["M", "N", "steps", "wide_tiles"])
+    def _specialised_kernel(
+        wide_of, thin_of, bias_ptr, c_ptr, M, N, steps, wide_tiles,
+        WIDE: gl.constexpr, FED: gl.constexpr, THIN: gl.constexpr, LINES: gl.constexpr, STAGES: gl.constexpr,
+        BEHIND: gl.constexpr, SWAP: gl.constexpr, HAS_BIAS: gl.constexpr, COPYING_WARP: gl.constexpr,
+        num_warps: gl.constexpr,
+    ):  # fmt: skip
+        """c [M, N] = round(bias[n] + sum over k ascending of a[m, k]·w[n, k]); of the operands, one is wide_of.
+
+        A tile has WIDE of its rows, of which wgmma is fed FED, and THIN of the other's; a block along K has LINES times
+        64. Both operands are described as [K / 64, rows, 64], so that one copy brings a block with its lines apart, as
+        wgmma wants to have them. BEHIND slots are for what is read behind the last one.
+        """
+        LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+        ELEMENT: gl.constexpr = c_ptr.dtype.element_ty
+        wide_at = (gl.program_id(0) % wide_tiles) * WIDE
+        thin_at = (gl.program_id(0) // wide_tiles) * THIN
+        wide = gl.allocate_shared_memory(ELEMENT, [STAGES + BEHIND, LINES, WIDE, 64], wide_of.layout)
+        thin = gl.allocate_shared_memory(ELEMENT, [STAGES, LINES, THIN, 64], thin_of.layout)
+        full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        for slot in gl.static_range(STAGES):
+            mbarrier.init(full.index(slot), count=1)
+            mbarrier.init(empty.index(slot), count=1)
+        fence_async_shared()
+        _barrier()
+        gl.warp_specialize(
+            [
+                (
+                    _multiply,
+                    (wide, thin, full, empty, bias_ptr, c_ptr, wide_at, thin_at, steps, M, N,
+                     WIDE, FED, THIN, LINES, STAGES, SWAP, HAS_BIAS, LAYOUT, num_warps),
+                ),
+                (_copy, (wide_of, thin_of, wide, thin, full, empty, wide_at, thin_at, steps,
+                         WIDE, THIN, LINES, STAGES)),
+            ],
+            [1],
+            [COPYING_WARP],
+        )  # fmt: skip
+
+    KERNELS = (_copy, _multiply, _specialised_kernel)
+
+
+def serves(tile: Tile, depth: int, capability: tuple[int, int]) -> bool:
+    """Whether the tile runs for operands that the copy engine can read, of that K, on a card of that capability."""
+    fits = depth % LINE == 0 and (narrow or tile.fed == tile.wide)
+    return fits and gluon is not None and not _failed and capability[0] == 9
+
+
+def call(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, c: torch.Tensor, tile: Tile
+) -> tuple[Any, tuple[int, int], tuple[Any, ...], dict[str, Any]]:
+    """The kernel, its grid, its arguments and its options for c [M, N] = x [M, K] · w [N, K]ᵀ + bias [N]."""
+    wide, thin = (w, x) if tile.swap else (x, w)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+    described = [
+        Descriptor(
+            t, [t.shape[1] // LINE, t.shape[0], LINE], [LINE, _row(t), 1], [tile.k // LINE, height, LINE], layout
+        )
+        for t, height in ((wide, tile.wide), (thin, tile.thin))
+    ]
+    wide_tiles = -(-wide.shape[0] // tile.wide)
+    programs = wide_tiles * -(-thin.shape[0] // tile.thin)
+    operands = (*described, bias, c, *c.shape, -(-x.shape[1] // tile.k), wide_tiles)
+    return _specialised_kernel, (programs, 1), operands, {
+        "WIDE": tile.wide, "FED": tile.fed, "THIN": tile.thin, "LINES": tile.k // LINE, "STAGES": tile.stages,
+        "BEHIND": tile.behind, "SWAP": tile.swap, "HAS_BIAS": bias is not None, "COPYING_WARP": COPYING_REGISTERS,
+        "num_warps": tile.warps,
+    }  # fmt: skip
+
+
+def give_up(error: Exception) -> None:
+    """Run the other forms from now on, with a line that says why: Gluon is not the same in every release of Triton."""
+    global _failed
+    if not _failed:
+        logger.warning(
+            "the warp-specialised GEMM does not run with this Triton (%s: %s): another form runs, as right but slower",
+            type(error).__name__, (str(error).strip().splitlines() or [""])[0][:200],
+        )  # fmt: skip
+    _failed = True
+
+
+def _row(tensor: torch.Tensor) -> int:
+    """Elements from one row to the next; of a row that is alone torch may say anything."""
+    return tensor.stride(0) if tensor.shape[0] > 1 else tensor.shape[1]
