@@ -95,6 +95,7 @@ class TestChoice:
 
     def test_ours_runs_where_the_table_says_that_it_is_faster(self, vendor, monkeypatch):
         monkeypatch.setattr(linear.tiles, "faster", lambda *shape: ((1, 2), (5, 8)))
+        monkeypatch.setattr(linear, "HIDDEN", 0)
         calls = vendor()
         linear.gemm(X, W.t())
         calls.rows.clear()
@@ -102,9 +103,23 @@ class TestChoice:
             assert same_bits(linear.gemm(X[:m], W.t(), None), by_rows(X[:m], W.t()))
         assert calls.rows == [3, 4, 9]
 
+    @pytest.mark.parametrize("captured", [False, True])
+    def test_outside_of_a_graph_ours_runs_only_where_the_gpu_hides_its_launch(self, captured, vendor, monkeypatch):
+        monkeypatch.setattr(linear.tiles, "faster", lambda *shape: ((1, 80),))
+        monkeypatch.setattr(linear, "FEW_ROWS", 16)
+        monkeypatch.setattr(linear, "HIDDEN", N * K * 32)
+        calls = vendor()
+        linear.gemm(X, W.t())
+        calls.rows.clear()
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
+        for m in (1, 16, 31, 32, 80):
+            assert same_bits(linear.gemm(X[:m], W.t(), None), by_rows(X[:m], W.t()))
+        assert calls.rows == ([] if captured else [1, 16, 31])
+
     @pytest.mark.parametrize("how", ["vendor", "layout"])
     def test_the_table_is_not_asked_for_what_it_was_not_measured_with(self, vendor, monkeypatch, how):
         monkeypatch.setattr(linear.tiles, "faster", lambda *shape: ((1, 100),))
+        monkeypatch.setattr(linear, "HIDDEN", 0)
         if how == "vendor":
             monkeypatch.setenv("BATCH_INVARIANT_GEMM", "vendor")
         b = W.t() if how == "vendor" else aligned(K, N)

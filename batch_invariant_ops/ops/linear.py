@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 CHOICES = ("auto", "vendor", "triton")
 PROVE_AT_CALL = 3
 WIDTH_STEP = 8
+HIDDEN, FEW_ROWS = 7e10, 175
+"""N·K·M of a GEMM that takes an H200 some 200 µs, in which the host launches ours; with fewer rows than that the
+weights take as long."""
 
 Key = tuple[int, int, torch.dtype, bool, bool, int]
 
@@ -63,8 +66,9 @@ def linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> t
 def gemm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """a [M, K] · b [K, N] + bias [N] on a GPU, by the vendor where that was proven, else by our kernel.
 
-    Ours also runs at those M where the card's table says that it is the faster one. A GEMM that no ``prepare``
-    announced is proven when it is called for the third time, outside a graph's capture.
+    Ours also runs at those M where the card's table says that it is the faster one: in a graph, and outside of one
+    where the GPU is at work for longer than the host takes to launch it, which is longer than for the vendor's. A GEMM
+    that no ``prepare`` announced is proven when it is called for the third time, outside a graph's capture.
     """
     key = _key(a, b, bias)
     if key is None:
@@ -82,6 +86,8 @@ def gemm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> 
         return own.gemm(a, b, bias)
     for first, last in faster:
         if first <= num_rows <= last:
+            if width * key[1] * max(num_rows, FEW_ROWS) < HIDDEN and not torch.cuda.is_current_stream_capturing():
+                break
             return own.gemm(a, b, bias)
     return vendor_gemm.call(a, b, bias)
 

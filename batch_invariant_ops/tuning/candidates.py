@@ -17,8 +17,8 @@ ALIKE_PLAIN, ALIKE_COPYING = 2, 3
 """Instead, of one size, order and form, where there are several forms."""
 FEW_ROWS, COPYING_FEW = 64, 10
 """With fewer rows the weights are waited for, however they come: then so many of all candidates copy."""
-SPECIALISED_ROWS, SPECIALISED_FEW = 512, 14
-"""More rows give a specialised tile nothing to gain; with fewer, so many are added to the others."""
+SPECIALISED_ROWS, SPECIALISED_FEW, FIRST = 512, 14, 12
+"""More rows give a specialised tile nothing to gain; with fewer, so many come after so many of the others."""
 SPECIALISED_BYTES_PER_CLOCK, CHAINED = 70, 24
 """Of a warp that only copies; and clocks from one step of a sum to the next."""
 GROUPS = (4, 16)
@@ -83,7 +83,7 @@ def candidates(m: int, n: int, k: int, card: Card, limit: int = LIMIT) -> list[T
     several = [tile for tile in chosen if m >= 4 * tile.m]
     regrouped = [replace(tile, group=group) for tile in several[:REGROUPED] for group in GROUPS]
     special = sorted(_specialised(m, n, k, card), key=lambda tile: (guess(tile, m, n, k, card), repr(tile)))
-    return chosen + regrouped + special[:SPECIALISED_FEW]
+    return chosen[:FIRST] + special[:SPECIALISED_FEW] + chosen[FIRST:] + regrouped
 
 
 def _specialised(m: int, n: int, k: int, card: Card) -> list[Tile]:
