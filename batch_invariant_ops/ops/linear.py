@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 CHOICES = ("auto", "vendor", "triton")
 PROVE_AT_CALL = 3
 WIDTH_STEP = 8
-HIDDEN, FEW_ROWS = 7e10, 175
-"""N·K·M of a GEMM that takes an H200 some 200 µs, in which the host launches ours; with fewer rows than that the
-weights take as long."""
+HIDDEN, FEW_ROWS = 2.5e11, 175
+"""N·K·M of a GEMM that takes an H200 some 700 µs, so that the host has long launched ours by then; with fewer rows than
+that the weights take as long."""
 
 Key = tuple[int, int, torch.dtype, bool, bool, int]
 

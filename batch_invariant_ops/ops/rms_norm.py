@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from batch_invariant_ops.ops.rows import as_rows, check_dtype, is_aligned, on_device_of, uses_triton
+from batch_invariant_ops.ops.rows import ALIGNMENT, as_rows, check_dtype, is_aligned, on_device_of, uses_triton
 from batch_invariant_ops.reduction import block_size, num_warps, tree_sum
 
 try:
@@ -132,11 +132,9 @@ def _run(
     length = x.shape[-1]
     rows = as_rows(x, length)
     residual_rows = rows if residual is None else as_rows(residual, length)
-    if weight is not None:
-        weight = as_rows(weight, length)
-        if weight.data_ptr() % 16:
-            weight = weight.clone()
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if weight is not None and (weight.data_ptr() % ALIGNMENT or not weight.is_contiguous()):
+        weight = weight.clone(memory_format=torch.contiguous_format)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = out if residual is None else torch.empty_like(out)
     block = block_size(length)
     with on_device_of(x):
@@ -167,7 +165,9 @@ def _check(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor 
     check_dtype(x, "rms_norm")
     if x.dim() == 0:
         raise ValueError("rms_norm: the input needs at least one dimension")
-    if residual is not None and (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
+    if residual is not None and not (
+        residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
+    ):
         raise ValueError(
             f"rms_norm: the residual is {residual.dtype} {list(residual.shape)} on {residual.device}, "
             f"the input is {x.dtype} {list(x.shape)} on {x.device}: they must be alike"

@@ -35,14 +35,13 @@ def is_aligned(length: int, dtype: torch.dtype) -> bool:
 
 def as_rows(x: torch.Tensor, length: int) -> torch.Tensor:
     """x [..., length] as [rows, length] with stride 1 along a row, aligned if :func:`is_aligned`; copied if it must."""
-    rows = x.reshape(-1, length)
-    packed = rows.stride(1) == 1 or length == 1
-    if packed and not is_aligned(length, x.dtype):
-        return rows
-    starts_aligned = rows.data_ptr() % ALIGNMENT == 0
-    steps_aligned = rows.shape[0] == 1 or rows.stride(0) * x.element_size() % ALIGNMENT == 0
-    if packed and starts_aligned and steps_aligned:
-        return rows
+    rows = x if x.dim() == 2 and x.shape[1] == length else x.reshape(-1, length)
+    step, element = rows.stride()
+    if element == 1 or length == 1:
+        if not is_aligned(length, x.dtype):
+            return rows
+        if rows.data_ptr() % ALIGNMENT == 0 and (step * x.itemsize % ALIGNMENT == 0 or rows.shape[0] == 1):
+            return rows
     return rows.clone(memory_format=torch.contiguous_format)
 
 
