@@ -16,7 +16,7 @@ with decodes. An answer differs where a token id or a logprob, as a float, is no
 
 Writes a row a case as it ends, to docs/evidence/architectures.csv; the exit status is 1 if any is FAIL or ERROR. The
 engines' logs are in benchmarks/results/. Needs vLLM and transformers, as the server does; uses a GPU if there is one,
-with an attention backend that the kit does not refuse for the model, the same for both. To try what it refuses, set
+with the attention backend that `auto` is for the model, the same for both. To try one that is refused, set
 BATCH_INVARIANT_ALLOW_UNPROVEN=1.
 """
 
@@ -76,7 +76,7 @@ class Case:
         embedding: standard deviation of the embeddings.
         gain: mean of the norms' weights; 0 where the norm adds one to them.
         final_gain: of the last norm's weights. Where tied embeddings must be small it makes up for it in the logits.
-        attention: the backend on a GPU.
+        attention: the backend on a GPU, in 16 bits.
     """
 
     config: str
@@ -85,7 +85,11 @@ class Case:
     embedding: float = 1.0
     gain: float = 1.0
     final_gain: float = 1.0
-    attention: str = "TRITON_ATTN"
+    attention: str = "FLASH_ATTN"
+
+    def backend(self, dtype: str) -> str:
+        """The attention backend in one dtype; FlashAttention does not compute in float32."""
+        return "TRITON_ATTN" if dtype == "float32" else self.attention
 
 
 def decoder(hidden: int = 512, heads: int = 8, kv_heads: int = 4, **others: Any) -> dict[str, Any]:
@@ -107,7 +111,7 @@ def decoder(hidden: int = 512, heads: int = 8, kv_heads: int = 4, **others: Any)
 
 # Gemma multiplies its embeddings by the root of the hidden size and ties them: small ones, and a large last norm, keep
 # the last token from being the answer to itself.
-GEMMA: dict[str, Any] = {"embedding": 0.02, "gain": 0.0, "final_gain": 4.0}
+GEMMA: dict[str, Any] = {"embedding": 0.02, "gain": 0.0, "final_gain": 4.0, "attention": "TRITON_ATTN"}
 GEMMA_SHAPE = decoder(
     heads=4, kv_heads=2, head_dim=256, query_pre_attn_scalar=256, sliding_window=WINDOW, tie_word_embeddings=True,
     layer_types=["sliding_attention", "full_attention"] * 2,
@@ -119,10 +123,10 @@ GPT2_SHAPE = {
 CASES = {
     "llama": Case("LlamaConfig", decoder(), ("bfloat16", "float16", "float32")),
     "llama-tied": Case("LlamaConfig", decoder(tie_word_embeddings=True), embedding=0.1),
-    "llama-head-96": Case("LlamaConfig", decoder(hidden=768), attention="FLASH_ATTN"),
-    "llama-head-128": Case("LlamaConfig", decoder(hidden=1024), attention="FLASH_ATTN"),
-    "llama-head-256": Case("LlamaConfig", decoder(hidden=1024, heads=4, kv_heads=2), attention="FLASH_ATTN"),
-    "mistral-window": Case("MistralConfig", decoder(head_dim=64, sliding_window=WINDOW)),
+    "llama-head-96": Case("LlamaConfig", decoder(hidden=768)),
+    "llama-head-128": Case("LlamaConfig", decoder(hidden=1024)),
+    "llama-head-256": Case("LlamaConfig", decoder(hidden=1024, heads=4, kv_heads=2)),
+    "mistral-window": Case("MistralConfig", decoder(head_dim=64, sliding_window=WINDOW), attention="TRITON_ATTN"),
     "qwen2": Case("Qwen2Config", decoder()),
     "qwen3": Case("Qwen3Config", decoder(head_dim=64)),
     "gemma2": Case("Gemma2Config", GEMMA_SHAPE, **GEMMA),
@@ -387,7 +391,7 @@ def command(arguments: argparse.Namespace) -> int:
         Choice(name, dtype, attention)
         for name in arguments.only
         for dtype in CASES[name].dtypes
-        for attention in arguments.attention or [CASES[name].attention]
+        for attention in arguments.attention or [CASES[name].backend(dtype)]
         if dtype in arguments.dtypes
     ]
     if not chosen:
@@ -413,7 +417,7 @@ def main() -> int:
     dtypes = list(dict.fromkeys(dtype for case in CASES.values() for dtype in case.dtypes))
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes)
     parser.add_argument(
-        "--attention", nargs="+", choices=GPU_BACKENDS, help="on a GPU (default: for each case one that is not refused)"
+        "--attention", nargs="+", choices=GPU_BACKENDS, help="on a GPU (default: what `auto` is for the case)"
     )
     parser.add_argument("--rounds", type=int, default=4, help="crowds that every prompt is asked in (default: 4)")
     parser.add_argument("--jobs", type=int, default=1, help="cases at a time, of two engines each (default: 1)")

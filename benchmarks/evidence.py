@@ -30,7 +30,9 @@ from local_server import Failure, Program, Programs, run_command  # noqa: E402
 from matmul import SHAPES  # noqa: E402
 from rounds import kept  # noqa: E402
 
-PRESET = "llama-8b-8layers"
+PRESET, LAYERS = "llama-8b-8layers", 32
+"""The served model: with these, all of Llama-3.1-8B's shapes."""
+MODEL = "llama-8b"
 LOOK_AGAIN = 0.25  # seconds
 PACKAGES = ("vllm", "torch", "triton", "flashinfer-python")
 
@@ -62,8 +64,8 @@ def proof(model: str) -> Job:
 
 
 JOBS = {
-    "serving": job("benchmarks/serving.py --model {model} --out {out}", 20),
-    "online": job("benchmarks/online.py --model {model} --out {out}", 20),
+    "serving": job("benchmarks/serving.py --model {model} --kv-cache-gib 12 --out {out}", 20),
+    "online": job("benchmarks/online.py --model {model} --kv-cache-gib 20 --out {out}", 20),
     "architectures": job("benchmarks/architectures.py --jobs 4 --out {out}/architectures.csv --logs {out}/engines", 20),
     "server-tests": job("-m pytest -rs tests -m server", 30, " passed"),
     "tests": job("-m pytest -rs tests/gpu -m gpu", 20, " passed"),
@@ -72,8 +74,8 @@ JOBS = {
     **{f"prove-{model}": proof(model) for model in ("llama-3.1-8b", "qwen3-8b")},
     **{
         f"serving-{backend.partition('_')[0].lower()}": job(
-            f"benchmarks/serving.py --model {{model}} --out {{out}}/{backend} --attention-backend {backend} "
-            "--systems plain kit",
+            f"benchmarks/serving.py --model {{model}} --kv-cache-gib 12 --out {{out}}/{backend} "
+            f"--attention-backend {backend} --systems plain kit",
             10,
         )
         for backend in ("TRITON_ATTN", "FLEX_ATTENTION")
@@ -84,7 +86,8 @@ JOBS = {
         15,
     ),
     "contexts": job(
-        "benchmarks/serving.py --model {model} --out {out}/contexts --rounds 3 --workloads 1x2k 1x8k 1x32k 1x64k 4x32k",
+        "benchmarks/serving.py --model {model} --kv-cache-gib 20 --out {out}/contexts --rounds 3 "
+        "--workloads 1x2k 1x8k 1x32k 1x64k 4x32k",
         15,
     ),
 }
@@ -178,7 +181,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=JOBS, default=list(JOBS), metavar="JOB", help=", ".join(JOBS))
     parser.add_argument("--gpus", nargs="+", metavar="N", help="their numbers (default: all)")
     parser.add_argument("--minutes", type=float, default=120, help="after which all is ended (default: 120)")
-    parser.add_argument("--model", type=Path, help=f"its folder (default: {PRESET}, made in OUT where a job needs it)")
+    parser.add_argument("--model", type=Path, help=f"its folder (default: {MODEL}, made in OUT where a job needs it)")
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.minutes
     gpus = cards()
@@ -187,9 +190,10 @@ def main() -> int:
     gpus = {number: gpus[number] for number in arguments.gpus or gpus}
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    model = arguments.model or out / PRESET
+    model = arguments.model or out / MODEL
     if any(JOBS[name].needs_model for name in arguments.only) and not model.is_dir():
         command = [sys.executable, str(ROOT / "vllm" / "tiny_model.py"), str(model), "--preset", PRESET]
+        command += ["--layers", str(LAYERS)]
         if subprocess.run(command).returncode:
             raise Failure(f"the model could not be made in {model}")
     os.chdir(ROOT)

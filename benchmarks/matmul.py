@@ -78,6 +78,7 @@ class Case:
         x = torch.randn(m, weights[0].shape[1], device="cuda", generator=generator).to(weights[0].dtype)
         self.x = x  # the graph reads it, but does not keep it
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())  # which is still writing x
         with torch.cuda.stream(stream), torch.no_grad():
             for w in weights[:2]:
                 run(x, w)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+from serving import CONTEXTS, WORKLOADS
 
 matplotlib.use("svg")
 
@@ -28,6 +29,8 @@ IMAGES = ROOT / "docs" / "images"
 GREY, ORANGE, BLUE, GREEN = "#8a8f98", "#d9772b", "#3d8bd4", "#3a9d5d"
 H200_GB_PER_S, H200_TFLOPS = 4300, 790
 """What an H200 was seen to reach: a large copy, reads and writes together, and a large matrix product in bf16."""
+WHOLE = 32
+"""Layers of Llama-3.1-8B."""
 STYLE = {
     "svg.hashsalt": "batch-invariant",
     "font.size": 10,
@@ -154,26 +157,33 @@ def matmul_shares() -> None:
 
 
 def serving() -> None:
-    """GPU time over plain vLLM's by workload, of each release; for long contexts the time of a token."""
+    """Time over plain vLLM's by workload, of each release: by the clock where the model was whole, else the GPU's.
+
+    With few layers the clock is the host's.
+    """
     path = RESULTS / "serving.json"
     if not path.is_file():
         return
     releases = json.loads(path.read_text(encoding="utf-8"))["releases"]
     panels = []
     for release, found in releases.items():
-        for key, what in (("gpu_ratio", "GPU time"), ("ratio", "time of a token")):
+        whole = found["layers"] == WHOLE
+        key, what = ("ratio", "time") if whole else ("gpu_ratio", "GPU time")
+        for names, title in ((WORKLOADS, what), (CONTEXTS, "time of a token")):
             chosen = {
-                name: {system: entry[key] for system, entry in systems.items()}
-                for name, systems in found["workloads"].items()
-                if ("gpu_ratio" in systems["plain"]) == (key == "gpu_ratio")
+                name: {system: entry[key] for system, entry in found["workloads"][name].items()}
+                for name in names
+                if key in found["workloads"].get(name, {}).get("plain", {})
             }
             if chosen:
-                panels.append((f"vLLM {release}, {found['gpu']}: {what}", chosen))
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(4.4 * len(panels), 2.8), layout="constrained", sharey=True, squeeze=False
-    )
+                panels.append((f"vLLM {release}, {found['layers']} layers, {found['gpu']}: {title}", chosen))
+    lines = -(-len(panels) // 2)
+    figure, axes = plt.subplots(lines, 2, figsize=(9.2, 2.7 * lines), layout="constrained", sharey=True, squeeze=False)
+    sides = [side for line in axes for side in line]
+    for side in sides[len(panels) :]:
+        side.set_visible(False)
     systems = {"vllm-own-mode": ("vLLM's own batch-invariant mode", GREY), "kit": ("this kit", BLUE)}
-    for side, (title, workloads) in zip(axes[0], panels, strict=True):
+    for side, (title, workloads) in zip(sides, panels, strict=False):
         for offset, (system, (label, colour)) in enumerate(systems.items()):
             places = [place + (offset - 0.5) * 0.38 for place in range(len(workloads))]
             bars = side.bar(places, [one[system] for one in workloads.values()], 0.36, color=colour, label=label)
@@ -181,8 +191,8 @@ def serving() -> None:
         side.axhline(1, color="black", linewidth=0.8)
         side.set_xticks(range(len(workloads)), [*workloads])
         side.set_title(title, fontsize=10)
-    axes[0][0].set_ylabel("÷ vLLM as shipped")
-    axes[0][0].legend(frameon=False, fontsize=9)
+        side.set_ylabel("÷ vLLM as shipped")
+    sides[0].legend(frameon=False, fontsize=9)
     save(figure, "serving")
 
 
