@@ -14,6 +14,9 @@ So the same row may be added up in other steps, and have other bits, beside a pr
 longest query and context that are beyond each of these bounds, it always takes one way. It reads the true lengths from
 the device and computes the same attention. Larger heads over pages of 16 have one step either way: those of 128 keep
 the one warp group, which is the faster for few rows.
+
+With a window that is shorter than the context this does not help: the steps then begin at the first key that a tile of
+queries sees (``hopper/block.h``), so :func:`.attention.automatic_backend` chooses another backend for such a model.
 """
 
 from __future__ import annotations
