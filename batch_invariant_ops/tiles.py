@@ -90,16 +90,17 @@ class Tile:
 
     @property
     def wide(self) -> int:
-        """Of a specialised tile: the rows of the operand on wgmma's wide side; columns of the output with ``swap``."""
+        """Rows of the operand on the tensor core's wide side: of x, with ``swap`` of the weights."""
         return self.n if self.swap else self.m
 
     @property
     def thin(self) -> int:
+        """Rows of the other operand."""
         return self.m if self.swap else self.n
 
     @property
     def fed(self) -> int:
-        """Rows that wgmma reads; beyond the tile's own, whatever lies there."""
+        """Of a specialised tile: the rows that wgmma reads; beyond the tile's own, whatever lies there."""
         return max(WGMMA_ROWS, self.wide)
 
     @property

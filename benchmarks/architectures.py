@@ -33,10 +33,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "vllm"))
+sys.path += [str(ROOT / "vllm"), str(ROOT)]
 
 from local_server import Failure, Program, Programs, run_command  # noqa: E402
 from rounds import kept, processor  # noqa: E402
@@ -76,7 +77,6 @@ class Case:
         embedding: standard deviation of the embeddings.
         gain: mean of the norms' weights; 0 where the norm adds one to them.
         final_gain: of the last norm's weights. Where tied embeddings must be small it makes up for it in the logits.
-        attention: the backend on a GPU, in 16 bits.
     """
 
     config: str
@@ -85,11 +85,18 @@ class Case:
     embedding: float = 1.0
     gain: float = 1.0
     final_gain: float = 1.0
-    attention: str = "FLASH_ATTN"
 
     def backend(self, dtype: str) -> str:
-        """The attention backend in one dtype; FlashAttention does not compute in float32."""
-        return "TRITON_ATTN" if dtype == "float32" else self.attention
+        """The attention backend that a server of the kit would choose on a GPU."""
+        import torch
+
+        from batch_invariant_ops.integrations.attention import automatic_backend
+
+        model = SimpleNamespace(
+            dtype=getattr(torch, dtype), max_model_len=ENGINE["max_model_len"], disable_sliding_window=False,
+            get_sliding_window=lambda: self.arguments.get("sliding_window"),
+        )  # fmt: skip
+        return automatic_backend(model, None)[0]
 
 
 def decoder(hidden: int = 512, heads: int = 8, kv_heads: int = 4, **others: Any) -> dict[str, Any]:
@@ -111,7 +118,7 @@ def decoder(hidden: int = 512, heads: int = 8, kv_heads: int = 4, **others: Any)
 
 # Gemma multiplies its embeddings by the root of the hidden size and ties them: small ones, and a large last norm, keep
 # the last token from being the answer to itself.
-GEMMA: dict[str, Any] = {"embedding": 0.02, "gain": 0.0, "final_gain": 4.0, "attention": "TRITON_ATTN"}
+GEMMA: dict[str, Any] = {"embedding": 0.02, "gain": 0.0, "final_gain": 4.0}
 GEMMA_SHAPE = decoder(
     heads=4, kv_heads=2, head_dim=256, query_pre_attn_scalar=256, sliding_window=WINDOW, tie_word_embeddings=True,
     layer_types=["sliding_attention", "full_attention"] * 2,
@@ -126,7 +133,7 @@ CASES = {
     "llama-head-96": Case("LlamaConfig", decoder(hidden=768)),
     "llama-head-128": Case("LlamaConfig", decoder(hidden=1024)),
     "llama-head-256": Case("LlamaConfig", decoder(hidden=1024, heads=4, kv_heads=2)),
-    "mistral-window": Case("MistralConfig", decoder(head_dim=64, sliding_window=WINDOW), attention="TRITON_ATTN"),
+    "mistral-window": Case("MistralConfig", decoder(head_dim=64, sliding_window=WINDOW)),
     "qwen2": Case("Qwen2Config", decoder()),
     "qwen3": Case("Qwen3Config", decoder(head_dim=64)),
     "gemma2": Case("Gemma2Config", GEMMA_SHAPE, **GEMMA),

@@ -37,9 +37,8 @@ from local_server import Failure, Program, Programs, free_port, run_command, wai
 from rounds import kept, processor  # noqa: E402
 from serve import NOT_FOR_VLLM, SWITCHES_OF_THE_MODE, Installed, command, environment  # noqa: E402
 from serve_settings import GPU_BACKENDS, Settings  # noqa: E402
-from serving import ENVIRONMENTS, KIT, MODE, OWN, PLAIN  # noqa: E402
+from serving import ATTENTION, ENVIRONMENTS, KIT, MODE, OWN, PLAIN  # noqa: E402
 
-FLASH_ATTENTION = "FLASH_ATTN"
 RUN_SECONDS = 600.0  # after which a run hangs
 WARM_UP_SEED = 1_000_000  # of no round
 # the CSV's names of vllm bench's
@@ -223,12 +222,11 @@ def online(arguments: argparse.Namespace) -> int:
     load = replace(CPU if on_cpu else GPU, **{name: value for name, value in given.items() if value is not None})
     demo.FOLDER.mkdir(exist_ok=True)
     model = arguments.model or str(demo.make_model(chosen.preset))
-    extra = chosen.settings["VLLM_EXTRA_ARGS"]
-    if not on_cpu:
-        extra = f"--kv-cache-memory-bytes {int(arguments.kv_cache_gib * 2**30)}"
+    on_gpu = f"--kv-cache-memory-bytes {int(arguments.kv_cache_gib * 2**30)}"
+    extra = chosen.settings["VLLM_EXTRA_ARGS"] if on_cpu else on_gpu
     settings = {
         **chosen.settings,
-        "VLLM_ATTENTION_BACKEND": arguments.attention_backend or ("auto" if on_cpu else FLASH_ATTENTION),
+        "VLLM_ATTENTION_BACKEND": arguments.attention_backend or ("auto" if on_cpu else ATTENTION),
         "VLLM_EXTRA_ARGS": f"{extra} --no-enable-prefix-caching",
     }
     out = arguments.out
@@ -273,9 +271,7 @@ def main() -> int:
     parser.add_argument("--input-len", type=int, help=f"tokens ({GPU.input_len}, on a CPU {CPU.input_len})")
     parser.add_argument("--output-len", type=int, help=f"tokens ({GPU.output_len}, on a CPU {CPU.output_len})")
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.5, 0.9], help="of plain vLLM's capacity")
-    parser.add_argument(
-        "--attention-backend", choices=GPU_BACKENDS, help=f"of all systems, on a GPU ({FLASH_ATTENTION})"
-    )
+    parser.add_argument("--attention-backend", choices=GPU_BACKENDS, help=f"of all systems, on a GPU ({ATTENTION})")
     parser.add_argument(
         "--kv-cache-gib", type=float, default=8.0, help="of each system, on a GPU (default: %(default)s)"
     )

@@ -30,6 +30,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN, OWN, KIT = "plain", "vllm-own-mode", "kit"
 MODE = {"VLLM_BATCH_INVARIANT": "1"}
+ATTENTION = "FLASH_ATTN"
+"""The backend of all systems, unless another is asked for."""
 ENVIRONMENTS = {
     PLAIN: {},
     OWN: MODE,
@@ -280,7 +282,7 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", choices=ENVIRONMENTS, default=list(ENVIRONMENTS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--max-model-len", type=int, help="(default: what the workloads need)")
-    parser.add_argument("--attention-backend", default="FLASH_ATTN", help="of all systems (default: %(default)s)")
+    parser.add_argument("--attention-backend", default=ATTENTION, help="of all systems (default: %(default)s)")
     parser.add_argument("--kv-cache-gib", type=float, default=6.0, help="of each system (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.worker:

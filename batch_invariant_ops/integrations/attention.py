@@ -24,7 +24,7 @@ ANSWERS = (1, 65, 130, 200, 333, 500, 640, LENGTH)
 BESIDE = (5, 64, 129, 555, 1030)
 """The contexts beside it, in tokens."""
 SEED = 0
-FLASH, TRITON = "FLASH_ATTN", "TRITON_ATTN"
+FLASH, TRITON = unproven.FLASH_ATTENTION, "TRITON_ATTN"
 
 
 def automatic_backend(model: Any, capability: tuple[int, int] | None) -> tuple[str, str]:

@@ -85,9 +85,9 @@ def gemm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> 
     if window is None or not window.floor <= (num_rows := a.shape[0]) <= window.cap:
         return own.gemm(a, b, bias)
     for first, last in faster:
-        if first <= num_rows <= last:
-            if width * key[1] * max(num_rows, FEW_ROWS) < HIDDEN and not torch.cuda.is_current_stream_capturing():
-                break
+        if first <= num_rows <= last and (
+            width * key[1] * max(num_rows, FEW_ROWS) >= HIDDEN or torch.cuda.is_current_stream_capturing()
+        ):
             return own.gemm(a, b, bias)
     return vendor_gemm.call(a, b, bias)
 

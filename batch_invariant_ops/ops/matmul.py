@@ -16,6 +16,7 @@ import torch
 
 from batch_invariant_ops import tiles
 from batch_invariant_ops.ops import specialised, vendor_gemm
+from batch_invariant_ops.ops.rows import row_step
 from batch_invariant_ops.proof import probe, same_bits
 from batch_invariant_ops.tiles import PLAIN, SPECIALISED, Tile
 
@@ -267,8 +268,7 @@ def _launch(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, tile: T
             if kernel not in specialised.KERNELS:
                 raise
             specialised.give_up(error)
-            kernel, grid, operands, options = _call(a, b, bias, c, tile)
-            kernel[grid](*operands, **options)
+            return _launch(a, b, bias, tile)
     return c
 
 
@@ -308,7 +308,7 @@ def _by_copies(a: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, c: t
     """For a [M, K], w [N, K] and c [M, N], each of which the copy engine can read or write."""
     (num_rows, depth), num_columns = a.shape, w.shape[0]
     blocks = ((a, tile.m, tile.k), (w, tile.n, tile.k), (c, tile.m, tile.n // tile.parts))
-    described = [TensorDescriptor(t, [*t.shape], [_row(t), 1], [height, width]) for t, height, width in blocks]
+    described = [TensorDescriptor(t, [*t.shape], [row_step(t), 1], [height, width]) for t, height, width in blocks]
     programs = triton.cdiv(num_rows, tile.m) * triton.cdiv(num_columns, tile.n)
     if tile.stays:
         programs = min(programs, _multiprocessors(a.device) * tile.residents)
@@ -328,7 +328,7 @@ def copies(n: int, k: int) -> bool:
 def _copies(tensor: torch.Tensor) -> bool:
     """Whether the copy engine can read and write a matrix of 16-bit elements."""
     address = 0 if tensor.is_meta else tensor.data_ptr()
-    row = _row(tensor)
+    row = row_step(tensor)
     return (
         (tensor.stride(1) == 1 or tensor.shape[1] == 1)
         and 0 < row < 2**31
@@ -336,11 +336,6 @@ def _copies(tensor: torch.Tensor) -> bool:
         and address % COPIED == 0
         and max(tensor.shape) < 2**31 - 2**16  # a block that begins before the end may reach beyond it
     )
-
-
-def _row(tensor: torch.Tensor) -> int:
-    """Elements from one row to the next; of a row that is alone torch may say anything."""
-    return tensor.stride(0) if tensor.shape[0] > 1 else tensor.shape[1]
 
 
 def _extent(tensor: torch.Tensor) -> int:

@@ -45,6 +45,11 @@ def as_rows(x: torch.Tensor, length: int) -> torch.Tensor:
     return rows.clone(memory_format=torch.contiguous_format)
 
 
+def row_step(matrix: torch.Tensor) -> int:
+    """Elements from one row of a matrix to the next; of a row that is alone torch may say anything."""
+    return matrix.stride(0) if matrix.shape[0] > 1 else matrix.shape[1]
+
+
 def split_dims(x: torch.Tensor, dims: Sequence[int]) -> tuple[torch.Tensor, int]:
     """x with ``dims`` moved last and flattened, [kept..., length], and that length."""
     reduced = sorted(dim % x.dim() for dim in dims) if x.dim() else []

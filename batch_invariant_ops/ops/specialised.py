@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from batch_invariant_ops.ops.rows import row_step
 from batch_invariant_ops.tiles import LINE, Tile
 
 try:
@@ -173,7 +174,7 @@ def call(
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
     described = [
         Descriptor(
-            t, [t.shape[1] // LINE, t.shape[0], LINE], [LINE, _row(t), 1], [tile.k // LINE, height, LINE], layout
+            t, [t.shape[1] // LINE, t.shape[0], LINE], [LINE, row_step(t), 1], [tile.k // LINE, height, LINE], layout
         )
         for t, height in ((wide, tile.wide), (thin, tile.thin))
     ]
@@ -196,8 +197,3 @@ def give_up(error: Exception) -> None:
             type(error).__name__, (str(error).strip().splitlines() or [""])[0][:200],
         )  # fmt: skip
     _failed = True
-
-
-def _row(tensor: torch.Tensor) -> int:
-    """Elements from one row to the next; of a row that is alone torch may say anything."""
-    return tensor.stride(0) if tensor.shape[0] > 1 else tensor.shape[1]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from batch_invariant_ops.ops import matmul, specialised
-from batch_invariant_ops.tiles import COPYING, FLATTENED, LINE, PLAIN, SPECIALISED, STAYING, Tile
+from batch_invariant_ops.tiles import COPYING, FLATTENED, LINE, PLAIN, SPECIALISED, STAYING, WGMMA_ROWS, Tile
 
 LIMIT = 40
 ALIKE, TWINS = 6, 2
@@ -95,7 +95,12 @@ def _specialised(m: int, n: int, k: int, card: Card) -> list[Tile]:
     sizes = itertools.product((16, 32, 64, 128), (8, 16, 32, 64), (128, 256, 512), (False, True))
     for wide, thin, depth, swap in sizes:
         height, width = (thin, wide) if swap else (wide, thin)
-        if depth > k or height > max(rows, 16) or (rows <= 64 and height < rows // 2) or (wide < 64 and not swap):
+        if (
+            depth > k
+            or height > max(rows, 16)
+            or (rows <= 64 and height < rows // 2)
+            or (wide < WGMMA_ROWS and not swap)
+        ):
             continue
         bare = Tile(height, width, depth, max(4, wide // 16), 2, swap=swap, form=SPECIALISED)
         stages = min(32, -(-k // depth), 2 + (card.shared_memory - bare.shared_memory()) // _slot(bare))
@@ -166,8 +171,7 @@ def guess(tile: Tile, m: int, n: int, k: int, card: Card) -> float:
     resident = max(1, min(shared, registers, 48 // tile.warps))
     resident = min(resident, -(-programs // card.multiprocessors))
     waves = -(-programs // (card.multiprocessors * resident))
-    wide = tile.n if tile.swap else tile.m
-    fed = wide >= 64 and tile.warps % 4 == 0
+    fed = tile.wide >= WGMMA_ROWS and tile.warps % 4 == 0
     rate = TENSOR_CORES.get(card.capability[0], OLDER_TENSOR_CORES) if fed else OLDER_TENSOR_CORES
     arithmetic = resident * 2 * tile.m * tile.n * tile.k / rate
     reads = resident * (tile.m + tile.n) * tile.k * 2 / BYTES_PER_CLOCK

@@ -92,15 +92,22 @@ def test_the_plugin_replaces_what_vllm_already_copied():
     assert before.startswith("vllm.") and after == OURS, done.stderr
 
 
+CARD = """
+import vllm.platforms as platforms
+def say_that_a_card_is_there():
+    platforms.current_platform.is_cuda = lambda: True
+    platforms.current_platform.get_device_capability = lambda: platforms.interface.DeviceCapability(9, 0)
+"""
+
+
 @needs_vllm
 @pytest.mark.parametrize("switch", ["0", "1"])
 def test_compilation_stays_on_where_vllms_own_mode_would_give_it_up(switch):
     """A model that one of vLLM's tuned tables has a shape of; the card is only said to be there."""
     done = python(
+        CARD + "say_that_a_card_is_there()\n"
         "from types import SimpleNamespace as Is\n"
-        "import torch, vllm.platforms as platforms\n"
-        "platforms.current_platform.is_cuda = lambda: True\n"
-        "platforms.current_platform.get_device_capability = lambda: platforms.interface.DeviceCapability(9, 0)\n"
+        "import torch\n"
         "from vllm.config.vllm import VllmConfig\n"
         "model = Is(enforce_eager=False, dtype=torch.bfloat16, quantization=None, get_hidden_size=lambda: 2048,\n"
         "    get_head_size=lambda: 128, get_num_attention_heads=lambda parallel: 16,\n"
@@ -118,15 +125,14 @@ def test_compilation_stays_on_where_vllms_own_mode_would_give_it_up(switch):
 def test_a_model_with_a_sliding_window_has_tritons_attention_unless_the_user_chose(backend):
     """Before vLLM's configuration is finished, and on a card that is only said to be there."""
     done = python(
-        "from types import SimpleNamespace as Is\n"
-        "import torch, vllm.platforms as platforms\n"
+        CARD + "from types import SimpleNamespace as Is\n"
+        "import torch\n"
         "from vllm.config.vllm import VllmConfig\n"
         "from vllm.v1.attention.backends.registry import AttentionBackendEnum\n"
         "from batch_invariant_ops.integrations import vllm as integration\n"
         "choose = integration._choose_attention\n"
         "def choose_for_a_card(config):\n"
-        "    platforms.current_platform.is_cuda = lambda: True\n"
-        "    platforms.current_platform.get_device_capability = lambda: platforms.interface.DeviceCapability(9, 0)\n"
+        "    say_that_a_card_is_there()\n"
         "    model = Is(disable_sliding_window=False, get_sliding_window=lambda: 512, dtype=torch.bfloat16,\n"
         "        max_model_len=4096, use_mla=False)\n"
         "    attention = Is(backend=" + backend + ")\n"

@@ -28,7 +28,8 @@ class TestCandidates:
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     def test_fit_the_card(self, m, shape):
         found = candidates(m, *shape, H100)
-        assert 0 < len(found) == len(set(found)) < 70
+        others = [tile for tile in found if tile.form != SPECIALISED]
+        assert 0 < len(others) < 60 and len(found) == len(set(found)) <= len(others) + SPECIALISED_FEW
         for tile in found:
             assert tile.shared_memory() <= H100.shared_memory
             sums = tile.fed * tile.thin if tile.form == SPECIALISED else tile.m * tile.n
@@ -44,7 +45,9 @@ class TestCandidates:
         assert len({(tile.m, tile.n, tile.swap) for tile in candidates(64, 4096, 4096, H100)}) >= 6
 
     def test_few_rows_get_flat_tiles_and_many_get_large_ones(self):
-        assert {tile.m for tile in candidates(1, 4096, 4096, H100)} <= {8, 16}
+        flat = candidates(1, 4096, 4096, H100)
+        assert {tile.m for tile in flat if tile.form != SPECIALISED} == {16}
+        assert {tile.m for tile in flat if tile.form == SPECIALISED} == ({8, 16} if specialised.gluon else set())
         assert (128, 256) in {(tile.m, tile.n) for tile in candidates(8192, 28672, 4096, H100)}
 
     @pytest.mark.parametrize("m", [64, 192, 512, 8192])
