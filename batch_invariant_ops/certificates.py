@@ -24,12 +24,13 @@ from typing import Any
 
 import torch
 
+from batch_invariant_ops.ops import vendor_gemm
 from batch_invariant_ops.proof import Window
 from batch_invariant_ops.reduction import CONTRACT_VERSION
 from batch_invariant_ops.vendor import WORKSPACES
 
 logger = logging.getLogger(__name__)
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,7 @@ def _path(case: Case, device: torch.device) -> Path:
 def machine(device: torch.device) -> dict[str, Any]:
     """What a proof on this device holds for, besides the GEMM."""
     facts: dict[str, Any] = {"contract": CONTRACT_VERSION, "torch": str(torch.__version__), "triton": _triton()}
+    facts["gemm"] = vendor_gemm.name(device)
     if device.type != "cuda":
         capability = torch.backends.cpu.get_cpu_capability()
         return facts | {"device": f"{_processor()}, {capability}", "threads": torch.get_num_threads()}

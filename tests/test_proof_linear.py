@@ -3,12 +3,14 @@
 The GPU's path runs here on the CPU: both kernels are replaced by ones that compute row by row, and the vendor may lie.
 """
 
+import logging
+
 import pytest
 import torch
 
 from batch_invariant_ops import proving
 from batch_invariant_ops.certificates import Case
-from batch_invariant_ops.ops import linear, matmul, vendor_gemm
+from batch_invariant_ops.ops import cublaslt, linear, matmul, vendor_gemm
 from batch_invariant_ops.proof import Window, find_window, probe, same_bits, window_of
 
 N, K = 48, 64
@@ -85,6 +87,31 @@ class TestChoice:
         calls.rows.clear()
         assert same_bits(linear.gemm(X[:m], W.t(), bias), by_rows(X[:m], W.t(), bias))
         assert calls.rows == [m]
+
+    @pytest.mark.parametrize("at", [2, 80])
+    def test_ours_runs_where_the_vendor_has_no_kernel(self, at, vendor, monkeypatch):
+        vendor()
+        linear.gemm(X[:at], W.t())
+
+        def without(a, b, bias):
+            raise cublaslt.NoKernel("none")
+
+        monkeypatch.setattr(vendor_gemm, "call", without)
+        assert same_bits(linear.gemm(X[:at], W.t()), by_rows(X[:at], W.t()))
+
+    def test_a_vendor_without_a_kernel_is_not_taken_for_proven(self, monkeypatch, caplog):
+        def without(a, b, bias):
+            raise cublaslt.NoKernel("cuBLASLt has no kernel without workspace for 80 rows")
+
+        monkeypatch.setattr(vendor_gemm, "call", without)
+        with caplog.at_level(logging.INFO):
+            assert same_bits(linear.gemm(X[:2], W.t()), by_rows(X[:2], W.t()))
+        assert list(linear.windows().values()) == [None]
+        assert "no kernel without workspace for 80 rows, our Triton kernel runs" in caplog.text
+        linear._decisions.clear()
+        monkeypatch.setenv("BATCH_INVARIANT_GEMM", "vendor")
+        with pytest.raises(RuntimeError, match=r"vendor: linear N=.*: cuBLASLt has no kernel without workspace"):
+            linear.gemm(X[:2], W.t())
 
     def test_more_rows_than_were_tried_run_on_ours(self, vendor):
         calls = vendor()

@@ -17,6 +17,7 @@ from batch_invariant_ops import proving, tiles
 from batch_invariant_ops.certificates import Case
 from batch_invariant_ops.ops import matmul as own
 from batch_invariant_ops.ops import vendor_gemm
+from batch_invariant_ops.ops.cublaslt import NoKernel
 from batch_invariant_ops.proof import Window
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,10 @@ def gemm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> 
             width * key[1] * max(num_rows, FEW_ROWS) >= HIDDEN or torch.cuda.is_current_stream_capturing()
         ):
             return own.gemm(a, b, bias)
-    return vendor_gemm.call(a, b, bias)
+    try:
+        return vendor_gemm.call(a, b, bias)
+    except NoKernel:
+        return own.gemm(a, b, bias)
 
 
 def _key(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> Key | None:
@@ -153,15 +157,19 @@ def prove(case: Case, device: torch.device) -> Window | None:
         The window in which they agree, or None where ours is to run.
 
     Raises:
-        RuntimeError: ``BATCH_INVARIANT_GEMM=vendor`` and they do not agree.
+        RuntimeError: ``BATCH_INVARIANT_GEMM=vendor`` and they do not agree, or there is no such kernel.
     """
     if choice() == "triton":
         return None
-    window = proving.settle(case, device)
+    reason = "the vendor's bits vary with M"
+    try:
+        window = proving.settle(case, device)
+    except NoKernel as error:
+        window, reason = None, str(error)
     if window is None and choice() == "vendor":
-        raise RuntimeError(f"BATCH_INVARIANT_GEMM=vendor: linear {case}: the vendor's bits vary with M on this device")
+        raise RuntimeError(f"BATCH_INVARIANT_GEMM=vendor: linear {case}: {reason} on this device")
     if window is None:
-        logger.info("linear %s: the vendor's bits vary with M, our Triton kernel runs", case)
+        logger.info("linear %s: %s, our Triton kernel runs", case, reason)
     else:
         logger.info("linear %s: vendor proven at %d values of M up to %d", case, window.tried, window.cap)
     return window

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from batch_invariant_ops.ops.launching import Launcher
 from batch_invariant_ops.ops.rows import ALIGNMENT, as_rows, check_dtype, is_aligned, on_device_of, uses_triton
 from batch_invariant_ops.reduction import block_size, num_warps, tree_sum
 
@@ -82,6 +83,8 @@ if triton is not None:
                     y = (y.to(weight_type).to(tl.float32) * weight).to(weight_type)
                 tl.store(out_row + columns, y.to(out_type), mask=inside)
 
+    _launch = Launcher(_rms_norm_kernel)
+
 
 def rms_norm(
     input: torch.Tensor,
@@ -136,13 +139,20 @@ def _run(
         weight = weight.clone(memory_format=torch.contiguous_format)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = out if residual is None else torch.empty_like(out)
+    weight_or_any = out if weight is None else weight
     block = block_size(length)
+    steps = rows.stride(0), residual_rows.stride(0)
+    key = (
+        x.get_device(), x.dtype, weight_or_any.dtype, length, residual is not None, weight is not None,
+        steps[0] < 2**31, steps[1] < 2**31,
+    )  # fmt: skip
     with on_device_of(x):
-        _rms_norm_kernel[(rows.shape[0],)](
-            rows, residual_rows, out if weight is None else weight, out, total,
-            rows.stride(0), residual_rows.stride(0), length, eps,
-            BLOCK=block, ONE_BLOCK=length <= block, ALIGNED=is_aligned(length, x.dtype),
-            HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None,
+        _launch(
+            key, (rows.shape[0], 1, 1),
+            (
+                rows, residual_rows, weight_or_any, out, total, *steps, length, eps,
+                block, length <= block, is_aligned(length, x.dtype), residual is not None, weight is not None,
+            ),
             num_warps=num_warps(block),
         )  # fmt: skip
     return out, total

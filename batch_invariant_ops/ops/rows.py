@@ -71,6 +71,11 @@ def uses_triton(x: torch.Tensor) -> bool:
     return True
 
 
+_HERE = contextlib.nullcontext()
+
+
 def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Launches inside go to the GPU that holds x."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(x.device)

@@ -1,8 +1,10 @@
-"""The vendor's GEMM, called past any mode: aten's own mm and addmm, by device."""
+"""The vendor's GEMM, called past any mode: cuBLASLt on a GPU that has it, else aten's own mm and addmm, by device."""
 
 from __future__ import annotations
 
 import torch
+
+from batch_invariant_ops.ops import cublaslt
 
 _KEYS = {name: torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in ("CPU", "CUDA")}
 # Taken when this module is imported, before a mode can replace them. Which devices there are is asked of the build:
@@ -13,8 +15,21 @@ _ADDMM = {name: torch.library.get_kernel("aten::addmm", name) for name in _DEVIC
 
 
 def call(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """a [M, K] · b [K, N] + bias [N] as torch computes it without our mode."""
-    device = "CUDA" if a.is_cuda else "CPU"
+    """a [M, K] · b [K, N] + bias [N], operands laid out as for :func:`cublaslt.gemm`.
+
+    Raises:
+        cublaslt.NoKernel: cuBLASLt has none for this shape.
+    """
+    device = "CPU"
+    if a.is_cuda:
+        if cublaslt.library() is not None:
+            return cublaslt.gemm(a, b, bias)
+        device = "CUDA"
     if bias is None:
         return _MM[device].call_boxed(_KEYS[device], a, b)
     return _ADDMM[device].call_boxed(_KEYS[device], bias, a, b)
+
+
+def name(device: torch.device) -> str:
+    """What :func:`call` calls, for which alone a proof holds."""
+    return "cublasLtMatmul" if device.type == "cuda" and cublaslt.library() is not None else "aten"

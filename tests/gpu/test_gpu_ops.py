@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import batch_invariant_ops as ours
-from batch_invariant_ops.ops import matmul
+from batch_invariant_ops.ops import matmul, rms_norm
 from batch_invariant_ops.proof import agreement, same_bits
 
 pytestmark = [
@@ -68,6 +68,31 @@ def test_rows_of_other_lengths_too(name, length, values):
     }[name]
     x = values(300, length, dtype=torch.bfloat16)
     assert all(agreement(operation, operation(x), x, [1, 2, 3, 16, 17, 255, 299, 300]))
+
+
+@pytest.mark.parametrize("length", [1, 100, 1024, 20000])
+def test_a_norm_compiled_before_serves_other_strides_and_addresses(length, dtype, values):
+    """What the compiled form is found by, types and lengths, is all that Triton compiles it for."""
+    wide, scale = values(40, 2 * length + 9, dtype=dtype), values(length + 1, dtype=dtype, seed=3)[1:]
+    calls = [
+        lambda rows, at=at, residual=residual, weight=weight: ours.rms_norm(
+            wide[:rows, at : at + length], weight, residual=wide[:rows, 1 : 1 + length] if residual else None
+        )
+        for at in (0, 1, 8)
+        for residual in (False, True)
+        for weight in (None, scale, scale.float())
+    ]
+
+    def made_anew(call):
+        rms_norm._launch.compiled.clear()
+        return call(40)
+
+    expected = [made_anew(call) for call in calls]
+    for num_rows in (40, 1, 16, 3):
+        for call, all_rows in zip(calls, expected, strict=True):
+            found = call(num_rows)
+            for y, of in zip(*((t if isinstance(t, tuple) else (t,)) for t in (found, all_rows)), strict=True):
+                assert same_bits(y, of[:num_rows])
 
 
 @pytest.mark.parametrize("name", NAMES)

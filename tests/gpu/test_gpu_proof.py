@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 import batch_invariant_ops as ours
 from batch_invariant_ops import certificates, proving
 from batch_invariant_ops.certificates import Case
-from batch_invariant_ops.ops import linear, matmul, vendor_gemm
+from batch_invariant_ops.ops import cublaslt, linear, matmul, vendor_gemm
 from batch_invariant_ops.proof import Window, same_bits
 
 pytestmark = [
@@ -41,6 +42,62 @@ def test_the_vendors_bits_are_ours_where_they_were_proven(case):
     if window is not None:
         others = random.Random(0).sample(range(window.floor, window.cap + 1), 40)
         assert all(proving.compare(case, GPU, sorted(others)))
+
+
+SHAPES = [
+    Case(1152, 896, torch.bfloat16, has_bias=True),
+    Case(1152, 896, torch.float16, has_bias=True, weight_is_packed=False),
+    Case(6144, 4096, torch.bfloat16),
+    Case(4096, 1024, torch.float32, weight_is_packed=False),
+]
+
+
+@pytest.mark.skipif(cublaslt.library() is None, reason="torch has no cuBLASLt")
+class TestCublaslt:
+    @pytest.mark.parametrize("case", SHAPES, ids=str)
+    def test_a_kernel_is_asked_for_once_and_serves_all_rows_up_to_the_next_step(self, case, monkeypatch, values):
+        x, w = values(1100, case.k, dtype=case.dtype), values(case.n, case.k, dtype=case.dtype, seed=1)
+        bias = values(case.n, dtype=case.dtype, seed=2) if case.has_bias else None
+        b = w.t() if case.weight_is_packed else w.t().contiguous()
+        asked = []
+        fastest = cublaslt._Plan._fastest
+        monkeypatch.setattr(cublaslt._Plan, "_fastest", lambda plan: asked.append(plan.num_rows) or fastest(plan))
+        cublaslt._plan.cache_clear()
+        expected = matmul.gemm(x, b, bias)
+        for num_rows in (1, 512, 513, 520, 576, 577, 1, 512, 600, 1100):
+            y = cublaslt.gemm(x[:num_rows], b, bias)
+            assert torch.allclose(y.float(), expected[:num_rows].float(), atol=1e-2 * float(expected.float().std()))
+        assert [rows for rows in asked if rows <= 512 or rows % 64 == 0] == [1, 512, 576, 640, 1152]
+
+    def test_biases_of_two_threads_do_not_mix(self, values):
+        x, w = values(64, 256, dtype=torch.bfloat16), values(320, 256, dtype=torch.bfloat16, seed=1)
+        biases = [torch.full((320,), float(i), device=GPU, dtype=torch.bfloat16) for i in range(4)]
+        expected = [cublaslt.gemm(x, w.t(), bias) for bias in biases]
+
+        def often(i):
+            with torch.cuda.stream(torch.cuda.Stream()):
+                return all(bool(same_bits(cublaslt.gemm(x, w.t(), biases[i]), expected[i])) for _ in range(300))
+
+        torch.cuda.synchronize()
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(often, range(4)))
+
+    def test_a_product_without_a_kernel_is_told(self, monkeypatch, values):
+        x, w = values(4, 256, dtype=torch.bfloat16), values(328, 256, dtype=torch.bfloat16)
+        monkeypatch.setattr(cublaslt, "_COMPUTE_32F", 64)  # in fp16, which there is not for bf16
+        cublaslt._operation.cache_clear()
+        try:
+            with pytest.raises(cublaslt.NoKernel, match="no kernel without workspace for 4 rows"):
+                cublaslt.gemm(x, w.t(), None)
+        finally:
+            cublaslt._operation.cache_clear()
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+    def test_on_a_gpu_that_is_not_the_current_one(self, values):
+        x, w = values(64, 256, dtype=torch.bfloat16), values(320, 256, dtype=torch.bfloat16, seed=1)
+        there = cublaslt.gemm(x.to("cuda:1"), w.to("cuda:1").t(), None)
+        assert there.device.index == 1 and torch.cuda.current_device() == 0
+        assert same_bits(there.to(GPU), cublaslt.gemm(x, w.t(), None))
 
 
 def liar(at):

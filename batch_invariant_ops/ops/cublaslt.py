@@ -1,0 +1,220 @@
+"""cuBLASLt's matmul without workspace or splits of K, its kernel asked for once a shape and kept.
+
+torch asks cuBLASLt anew at every call. Without workspace that took the host of an H200 0.4 to 0.9 ms, many times what a
+launch takes, and was most of the time of a step that no graph launches. So the library that torch has loaded is called
+here past torch, through ctypes. Names and numbers are those of NVIDIA's ``cublasLt.h``, alike from CUDA 11 to 13.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import threading
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+EXACT, STEP = 512, 64
+"""More than EXACT rows get the kernel of the next multiple of STEP, which has as many tiles, whatever their size."""
+PLANS = 8192
+"""Kept at a time, a few hundred bytes each."""
+
+Shape = tuple[int, int, torch.dtype, bool, bool, int]
+"""N, K, dtype, whether there is a bias, whether it is w [N, K] that is packed rather than wᵀ, and the GPU's index."""
+
+_TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}  # cudaDataType_t
+_COMPUTE_32F, _SCALE_32F, _OP_T, _EPILOGUE_BIAS = 68, 0, 1, 4
+_DESC_TRANSA, _DESC_EPILOGUE, _DESC_BIAS_POINTER = 3, 7, 8
+_PREF_MAX_WORKSPACE_BYTES, _PREF_REDUCTION_SCHEME_MASK, _REDUCTION_SCHEME_NONE = 1, 3, 0
+_SOME_ALIGNED_ADDRESS = 4096  # only its alignment is looked at
+
+_ONE, _ZERO = ctypes.c_float(1), ctypes.c_float(0)
+_ALPHA, _BETA = ctypes.addressof(_ONE), ctypes.addressof(_ZERO)
+
+_ARGUMENTS: dict[str, list[Any]] = {
+    "Create": [ctypes.c_void_p],
+    "Matmul": [*[ctypes.c_void_p] * 14, ctypes.c_size_t, ctypes.c_void_p],
+    "MatmulAlgoCheck": [ctypes.c_void_p] * 8,
+    "MatmulAlgoGetHeuristic": [*[ctypes.c_void_p] * 7, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p],
+    "MatmulDescCreate": [ctypes.c_void_p, ctypes.c_int, ctypes.c_int],
+    "MatmulDescSetAttribute": [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t],
+    "MatmulPreferenceCreate": [ctypes.c_void_p],
+    "MatmulPreferenceDestroy": [ctypes.c_void_p],
+    "MatmulPreferenceSetAttribute": [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t],
+    "MatrixLayoutCreate": [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int64],
+    "MatrixLayoutDestroy": [ctypes.c_void_p],
+}
+
+
+class NoKernel(RuntimeError):
+    """cuBLASLt has none for a GEMM that needs neither workspace nor a split."""
+
+
+class _Algorithm(ctypes.Structure):
+    """``cublasLtMatmulHeuristicResult_t``, which begins with the algorithm itself."""
+
+    _fields_ = (
+        ("data", ctypes.c_uint64 * 8),
+        ("workspace", ctypes.c_size_t),
+        ("state", ctypes.c_int),
+        ("waves", ctypes.c_float),
+        ("reserved", ctypes.c_int * 4),
+    )
+
+
+@functools.cache
+def library() -> Any:
+    """The library, or None where torch has none or it lacks a function; the log then says so."""
+    if torch.version.cuda is None:
+        return None
+    try:
+        found = ctypes.CDLL(f"libcublasLt.so.{torch.version.cuda.split('.')[0]}")
+        for name, arguments in _ARGUMENTS.items():
+            getattr(found, f"cublasLt{name}").argtypes = arguments
+    except (OSError, AttributeError) as error:
+        logger.warning("cuBLASLt is called through torch, which takes the host longer: %s", error)
+        return None
+    return found
+
+
+def gemm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """a [M, K] · b [K, N] + bias [N] → [M, N] on a GPU, the sum and the bias in fp32, rounded once.
+
+    a is packed, and b or its transpose; all start at multiples of 256 bytes, as memory from torch's allocator does. At
+    home in a CUDA graph's capture, too.
+
+    Raises:
+        NoKernel: cuBLASLt has no such kernel for this shape.
+        RuntimeError: it could not launch one.
+    """
+    num_rows, depth = a.shape
+    width = b.shape[1]
+    index = a.get_device()
+    plan = _plan((width, depth, a.dtype, bias is not None, b.stride(0) == 1, index), num_rows)
+    if index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            return plan.run(a, b, bias)
+    return plan.run(a, b, bias)
+
+
+class _Plan:
+    """A GEMM of one shape and M: all that a launch takes besides addresses."""
+
+    def __init__(self, shape: Shape, num_rows: int) -> None:
+        n, k, dtype, _, weight_is_packed, index = shape
+        self.n, self.num_rows, self.index = n, num_rows, index
+        self.handle, self.operation, self.lock = _handle(index), _operation(shape), _lock(shape)
+        # cuBLAS sees matrices column by column: y [N, M] = w [N, K] · x [K, M]
+        self.weight = _Layout(dtype, *((k, n) if weight_is_packed else (n, k)))
+        self.rows = _Layout(dtype, k, num_rows)
+        self.result = _Layout(dtype, n, num_rows)
+        self.algorithm = self._algorithm(shape)
+
+    def run(self, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        y = a.new_empty((self.num_rows, self.n))
+        at = y.data_ptr()
+        result = self.result.address
+        stream = torch._C._cuda_getCurrentRawStream(self.index)
+        arguments = (
+            self.handle, self.operation,
+            _ALPHA, b.data_ptr(), self.weight.address, a.data_ptr(), self.rows.address,
+            _BETA, at, result, at, result,
+            ctypes.addressof(self.algorithm), None, 0, stream,
+        )  # fmt: skip
+        if bias is None:
+            status = library().cublasLtMatmul(*arguments)
+        else:
+            with self.lock:  # the bias's address is part of the operation, which all calls of this shape share
+                _set("MatmulDesc", self.operation, _DESC_BIAS_POINTER, ctypes.c_void_p(bias.data_ptr()))
+                status = library().cublasLtMatmul(*arguments)
+        _check("Matmul", status)
+        return y
+
+    def _algorithm(self, shape: Shape) -> _Algorithm:
+        rounded = -(-self.num_rows // STEP) * STEP
+        if self.num_rows <= EXACT or self.num_rows == rounded:
+            return self._fastest()
+        found, checked = _plan(shape, rounded).algorithm, _Algorithm()
+        status = library().cublasLtMatmulAlgoCheck(*self._problem(), ctypes.byref(found), ctypes.byref(checked))
+        return found if status == 0 and checked.workspace == 0 else self._fastest()
+
+    def _fastest(self) -> _Algorithm:
+        """By cuBLASLt's own estimate."""
+        preference = _create("MatmulPreference")
+        try:
+            workspace, schemes = ctypes.c_uint64(0), ctypes.c_uint32(_REDUCTION_SCHEME_NONE)
+            _set("MatmulPreference", preference, _PREF_MAX_WORKSPACE_BYTES, workspace)
+            _set("MatmulPreference", preference, _PREF_REDUCTION_SCHEME_MASK, schemes)
+            found, count = _Algorithm(), ctypes.c_int()
+            status = library().cublasLtMatmulAlgoGetHeuristic(
+                *self._problem(), preference, 1, ctypes.byref(found), ctypes.byref(count)
+            )
+        finally:
+            library().cublasLtMatmulPreferenceDestroy(preference)
+        if status or not count.value or found.state:
+            raise NoKernel(f"cuBLASLt has no kernel without workspace for {self.num_rows} rows")
+        return found
+
+    def _problem(self) -> tuple[int, ...]:
+        result = self.result.address
+        return self.handle, self.operation, self.weight.address, self.rows.address, result, result
+
+
+_plan = functools.lru_cache(maxsize=PLANS)(_Plan)
+
+
+class _Layout:
+    """A matrix of packed columns, as cuBLASLt describes it, while this object lives."""
+
+    def __init__(self, dtype: torch.dtype, num_rows: int, num_columns: int) -> None:
+        self.address = _create("MatrixLayout", _TYPES[dtype], num_rows, num_columns, num_rows)
+        self._destroy = library().cublasLtMatrixLayoutDestroy
+
+    def __del__(self) -> None:
+        if hasattr(self, "_destroy"):
+            self._destroy(self.address)
+
+
+@functools.cache
+def _handle(index: int) -> int:
+    """A GPU's; it lives as long as the process."""
+    with torch.cuda.device(index):
+        return _create("")
+
+
+@functools.cache
+def _operation(shape: Shape) -> int:
+    """y = w·x or wᵀ·x, with or without a bias; there are as many as a model has shapes, and they stay."""
+    *_, has_bias, weight_is_packed, _ = shape
+    made = _create("MatmulDesc", _COMPUTE_32F, _SCALE_32F)
+    if weight_is_packed:
+        _set("MatmulDesc", made, _DESC_TRANSA, ctypes.c_int32(_OP_T))
+    if has_bias:
+        _set("MatmulDesc", made, _DESC_EPILOGUE, ctypes.c_uint32(_EPILOGUE_BIAS))
+        _set("MatmulDesc", made, _DESC_BIAS_POINTER, ctypes.c_void_p(_SOME_ALIGNED_ADDRESS))
+    return made
+
+
+@functools.cache
+def _lock(shape: Shape) -> threading.Lock:
+    return threading.Lock()
+
+
+def _create(kind: str, *arguments: int) -> int:
+    made = ctypes.c_void_p()
+    _check(f"{kind}Create", getattr(library(), f"cublasLt{kind}Create")(ctypes.byref(made), *arguments))
+    return made.value or 0
+
+
+def _set(kind: str, of: int, attribute: int, value: Any) -> None:
+    setter = getattr(library(), f"cublasLt{kind}SetAttribute")
+    _check(f"{kind}SetAttribute", setter(of, attribute, ctypes.byref(value), ctypes.sizeof(value)))
+
+
+def _check(function: str, status: int) -> None:
+    """Raise RuntimeError unless a function of the library's succeeded."""
+    if status:
+        raise RuntimeError(f"cublasLt{function} failed with status {status}")
