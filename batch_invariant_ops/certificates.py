@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from batch_invariant_ops.ops import vendor_gemm
+from batch_invariant_ops.ops import cublaslt, vendor_gemm
 from batch_invariant_ops.proof import Window
 from batch_invariant_ops.reduction import CONTRACT_VERSION
 from batch_invariant_ops.vendor import WORKSPACES
@@ -91,7 +91,7 @@ def save(case: Case, device: torch.device, certificate: Certificate) -> Path:
     """
     content = {
         "format": FORMAT,
-        "case": case.facts(),
+        "case": _facts(case, device),
         "machine": machine(device),
         "largest": certificate.largest,
         "disagree": certificate.disagree,
@@ -126,7 +126,7 @@ def load(case: Case, device: torch.device) -> Certificate | None:
     """The certificate for this GEMM on this machine, or None; one that cannot be used is named in the log."""
     path = _path(case, device)
     try:
-        return _read(path, {"format": FORMAT, "case": case.facts(), "machine": machine(device)})
+        return _read(path, {"format": FORMAT, "case": _facts(case, device), "machine": machine(device)})
     except FileNotFoundError:
         return None
     except KeyError as error:
@@ -165,9 +165,16 @@ def _natural(value: Any) -> int:
 
 
 def _path(case: Case, device: torch.device) -> Path:
-    key = json.dumps([FORMAT, case.facts(), machine(device)], sort_keys=True)
+    key = json.dumps([FORMAT, _facts(case, device), machine(device)], sort_keys=True)
     name = f"gemm-{case.n}x{case.k}-{case.facts()['dtype']}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     return folder() / name
+
+
+def _facts(case: Case, device: torch.device) -> dict[str, Any]:
+    """The GEMM, and which of the vendor's kernels are its."""
+    if device.type != "cuda":
+        return case.facts()
+    return case.facts() | {"kernels": [list(pair) for pair in cublaslt.ranks(case.n, case.k, case.dtype, device)]}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -179,7 +186,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         return facts | {"device": f"{_processor()}, {capability}", "threads": torch.get_num_threads()}
     properties = torch.cuda.get_device_properties(device)
     facts |= {"device": properties.name, "multiprocessors": properties.multi_processor_count}
-    facts |= {"driver": _driver(), "cublas": _cublas()}
+    facts |= {"driver": _driver(), "cublas": cublaslt.version()}
     return facts | {name: os.environ.get(name) for name in WORKSPACES}
 
 
@@ -212,15 +219,3 @@ def _driver() -> str | None:
         if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) == 0:
             return f"CUDA {version.value}"
     return None
-
-
-@functools.cache
-def _cublas() -> str:
-    """cuBLASLt's own version number, or CUDA's where the library that torch loaded does not tell."""
-    major = (torch.version.cuda or "").split(".")[0]
-    try:
-        library = ctypes.CDLL(f"libcublasLt.so.{major}")
-        library.cublasLtGetVersion.restype = ctypes.c_size_t
-        return str(library.cublasLtGetVersion())
-    except (OSError, AttributeError):
-        return f"of CUDA {torch.version.cuda}"

@@ -160,6 +160,8 @@ SAFE = Tile(m=64, n=64, k=32, warps=4, stages=3)
 FP32 = Tile(m=64, n=64, k=32, warps=4, stages=2)
 Bands = tuple[tuple[int, Tile], ...]
 Ranges = tuple[tuple[int, int], ...]
+Ranks = tuple[tuple[int, int], ...]
+"""(largest M, place in cuBLASLt's own order of its kernels), ascending."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,8 @@ class Table:
         bands: (largest M, tile), ascending, for all shapes where none was measured.
         shapes: the same for single (N, K); others go by the nearest of them.
         faster: (first M, last M) between which our kernel took less time than the vendor's, for single (N, K).
+        cublas: the version of cuBLASLt that ``ranks`` are for.
+        ranks: which of cuBLASLt's kernels was the fastest, for single (N, K); it deems the first to be.
     """
 
     capability: tuple[int, int]
@@ -179,6 +183,8 @@ class Table:
     bands: Bands
     shapes: dict[tuple[int, int], Bands]
     faster: dict[tuple[int, int], Ranges] = field(default_factory=dict)
+    cublas: str | None = None
+    ranks: dict[tuple[int, int], Ranks] = field(default_factory=dict)
     _bands_of: dict[tuple[int, int], Bands] = field(default_factory=dict, compare=False, repr=False)
 
     def tile(self, num_rows: int, n: int, k: int) -> Tile:
@@ -219,6 +225,20 @@ def faster(n: int, k: int, dtype: torch.dtype, gpu: str, capability: tuple[int, 
     """The numbers of rows, (first, last), at which our kernel was measured to be faster than the vendor's."""
     table = None if dtype == torch.float32 else table_of(gpu, capability)
     return () if table is None else table.faster.get((n, k), ())
+
+
+def ranks(n: int, k: int, dtype: torch.dtype, gpu: str, capability: tuple[int, int], cublas: str) -> Ranks:
+    """Which of its kernels cuBLASLt of that version is to run; none where nobody measured them."""
+    table = None if dtype == torch.float32 else table_of(gpu, capability)
+    return () if table is None or table.cublas != cublas else table.ranks.get((n, k), ())
+
+
+@functools.cache
+def card(device: torch.device) -> tuple[str, tuple[int, int]]:
+    """A GPU's name and compute capability."""
+    if device.type != "cuda":
+        return "", (0, 0)
+    return torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
 
 
 @functools.cache
@@ -278,9 +298,11 @@ def read(path: Path) -> Table:
         return parse(content)
     base = json.loads(shipped(content["base"]).read_text(encoding="utf-8"))
     own, other = parse(base | {"shapes": []} | content), parse(base)
-    # where ours is faster than the vendor holds for the card on which both were measured
-    faster = other.faster | own.faster if other.gpu == own.gpu else own.faster
-    return replace(own, shapes=other.shapes | own.shapes, faster=faster)
+    # what the vendor takes holds for the card on which it was measured
+    same = other.gpu == own.gpu
+    faster = other.faster | own.faster if same else own.faster
+    ranks = other.ranks | own.ranks if same and other.cublas == own.cublas else own.ranks
+    return replace(own, shapes=other.shapes | own.shapes, faster=faster, ranks=ranks)
 
 
 def parse(content: Any) -> Table:
@@ -294,16 +316,20 @@ def parse(content: Any) -> Table:
     major, minor = content["capability"]
     shapes = {(shape["n"], shape["k"]): _bands(shape["bands"]) for shape in content["shapes"]}
     ranges = {(shape["n"], shape["k"]): _ranges(shape.get("faster", ())) for shape in content["shapes"]}
-    return Table((major, minor), content["gpu"], _bands(content["bands"]), shapes, ranges)
+    ranks = {(shape["n"], shape["k"]): _ranks(shape.get("vendor", ())) for shape in content["shapes"]}
+    bands, cublas = _bands(content["bands"]), content.get("cublas")
+    return Table((major, minor), content["gpu"], bands, shapes, ranges, cublas, ranks)
 
 
 def content_of(table: Table, **about: Any) -> dict[str, Any]:
     """What :func:`parse` reads, with facts for people to read beside it."""
     shapes = [
-        {"n": n, "k": k, "faster": _plain_ranges(table.faster.get((n, k), ())), "bands": _plain(bands)}
+        {"n": n, "k": k, "faster": _plain_ranges(table.faster.get((n, k), ())),
+         "vendor": [[None if last == NO_LIMIT else last, rank] for last, rank in table.ranks.get((n, k), ())],
+         "bands": _plain(bands)}
         for (n, k), bands in table.shapes.items()
-    ]
-    start = {"format": FORMAT, "capability": list(table.capability), "gpu": table.gpu}
+    ]  # fmt: skip
+    start = {"format": FORMAT, "capability": list(table.capability), "gpu": table.gpu, "cublas": table.cublas}
     return start | about | {"bands": _plain(table.bands), "shapes": shapes}
 
 
@@ -329,6 +355,14 @@ def _ranges(content: Any) -> Ranges:
     if not all(type(bound) is int and bound > 0 for bound in bounds) or bounds != sorted(bounds):
         raise ValueError(f"our kernel is faster for M of {list(content)}: ascending ranges of whole numbers are needed")
     return ranges
+
+
+def _ranks(content: Any) -> Ranks:
+    ranks = tuple((NO_LIMIT if largest is None else largest, rank) for largest, rank in content)
+    bounds = [largest for largest, _ in ranks]
+    if not all(type(number) is int and number >= 0 for pair in ranks for number in pair) or bounds != sorted({*bounds}):
+        raise ValueError(f"the vendor's kernels are {list(content)}: pairs of whole numbers, ascending, are needed")
+    return ranks
 
 
 def _plain_ranges(ranges: Ranges) -> list[list[int | None]]:

@@ -54,10 +54,22 @@ def test_where_ours_is_faster_must_be_ascending_ranges(faster, caplog):
     assert "is ignored" in caplog.text
 
 
+@pytest.mark.parametrize("ranks", [[[0, -1]], [[4, 0], [2, 1]], [[4, 0], [4, 1]], [[1, 1.5]], [[None, 0], [4, 1]], 5])
+def test_the_vendors_kernels_must_be_ascending_pairs(ranks, caplog):
+    said = content()
+    said["shapes"][0]["vendor"] = ranks
+    keep(NAMELESS, json.dumps(said))
+    assert tiles.table_of(NAMELESS, (9, 0)).gpu != "NVIDIA H100 80GB HBM3"
+    assert "is ignored" in caplog.text
+
+
 def test_a_table_of_before_says_nothing_of_the_vendor():
     said = content()
-    del said["shapes"][0]["faster"]
-    assert tiles.parse(said).faster == {(48, 64): ()}
+    for name in ("faster", "vendor"):
+        said["shapes"][0].pop(name, None)
+    said.pop("cublas", None)
+    table = tiles.parse(said)
+    assert (table.faster, table.ranks, table.cublas) == ({(48, 64): ()}, {(48, 64): ()}, None)
 
 
 def test_the_usual_cards_have_one():
@@ -233,3 +245,15 @@ def test_a_table_adds_its_shapes_to_its_base(gpu):
     assert table.gpu == gpu and table.shapes == base.shapes | added and table.shapes != base.shapes
     own = {(48, 64): (), shape: ((5, 6),)}
     assert table.faster == (base.faster | own if gpu == base.gpu else own)
+
+
+@pytest.mark.parametrize("cublas, kept", [("130202", True), ("130300", False)])
+def test_a_table_adds_its_vendors_kernels_to_its_bases_of_the_same_version(cublas, kept, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiles, "SHIPPED", tmp_path)
+    base, own = content(cublas="130202"), content(cublas=cublas, base="nvidia-h100-80gb-hbm3")
+    base["shapes"][0] |= {"vendor": [[4, 1], [None, 0]]}
+    own["shapes"][0] |= {"n": 8, "vendor": [[None, 2]]}
+    tiles.shipped("nvidia-h100-80gb-hbm3").write_text(json.dumps(base))
+    table = tiles.read(keep(NAMELESS, json.dumps(own)))
+    theirs = {(48, 64): ((4, 1), (NO_LIMIT, 0))} if kept else {}
+    assert table.ranks == theirs | {(8, 64): ((NO_LIMIT, 2),)} and table.cublas == cublas

@@ -43,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=8192, metavar="M", help="the largest M (8192)")
     parser.add_argument("--seconds", type=float, default=300.0, metavar="S", help="about how long it may take (300)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the table; default: where servers here look for it")
+    parser.add_argument(
+        "--keep-tiles",
+        action="store_true",
+        help="only measure anew which is faster, a tile of the table or which of cuBLASLt's kernels",
+    )
     parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
 
 
@@ -57,9 +62,14 @@ def run(arguments: argparse.Namespace) -> int:
         _check_file(path, f"BATCH_INVARIANT_CACHE={certificates.folder()}")
         # torch does not run our kernel, so another version of it measures the same
         facts = {name: value for name, value in asdict(bench.card).items() if name != "torch"} | {"dtype": dtype}
-        journal = Journal(path.with_suffix(".jsonl"), facts, arguments.fresh)
+        kept = None
+        if arguments.keep_tiles:
+            kept = tiles.table_of(bench.card.gpu, bench.card.capability)
+            if kept is None:
+                raise BadInput(f"--keep-tiles: there is no table for {bench.card.gpu}; without it one is made")
+        journal = Journal(path.with_suffix(".kept.jsonl" if kept else ".jsonl"), facts, arguments.fresh)
         try:
-            return _tune(Run(bench, journal, asked, arguments.max_tokens, arguments.seconds), path, dtype)
+            return _tune(Run(bench, journal, asked, arguments.max_tokens, arguments.seconds, kept=kept), path, dtype)
         finally:
             journal.close()
     except Unusable as error:

@@ -1,8 +1,11 @@
-"""cuBLASLt's matmul without workspace or splits of K, its kernel asked for once a shape and kept.
+"""cuBLASLt's matmul without workspace or splits of K, its kernel asked for once a shape, and kept.
 
 torch asks cuBLASLt anew at every call. Without workspace that took the host of an H200 0.4 to 0.9 ms, many times what a
 launch takes, and was most of the time of a step that no graph launches. So the library that torch has loaded is called
 here past torch, through ctypes. Names and numbers are those of NVIDIA's ``cublasLt.h``, alike from CUDA 11 to 13.
+
+cuBLASLt answers with several kernels, the one that it deems the fastest first. Which of them is was measured for the
+shapes and M of a card's table (:mod:`batch_invariant_ops.tiles`), and that one runs.
 """
 
 from __future__ import annotations
@@ -15,10 +18,14 @@ from typing import Any
 
 import torch
 
+from batch_invariant_ops import tiles
+
 logger = logging.getLogger(__name__)
 
 EXACT, STEP = 512, 64
 """More than EXACT rows get the kernel of the next multiple of STEP, which has as many tiles, whatever their size."""
+KERNELS = 8
+"""That are asked for; there may be fewer."""
 PLANS = 8192
 """Kept at a time, a few hundred bytes each."""
 
@@ -80,20 +87,39 @@ def library() -> Any:
     return found
 
 
-def gemm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+@functools.cache
+def version() -> str:
+    """cuBLASLt's own version number, or CUDA's where the library does not tell."""
+    try:
+        tell = ctypes.CDLL(f"libcublasLt.so.{(torch.version.cuda or '').split('.')[0]}").cublasLtGetVersion
+    except (OSError, AttributeError):
+        return f"of CUDA {torch.version.cuda}"
+    tell.restype = ctypes.c_size_t
+    return str(tell())
+
+
+def ranks(n: int, k: int, dtype: torch.dtype, device: torch.device) -> tiles.Ranks:
+    """Which of the kernels runs, by M, as far as a table says."""
+    return tiles.ranks(n, k, dtype, *tiles.card(device), version())
+
+
+def gemm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, rank: int | None = None) -> torch.Tensor:
     """a [M, K] · b [K, N] + bias [N] → [M, N] on a GPU, the sum and the bias in fp32, rounded once.
 
     a is packed, and b or its transpose; all start at multiples of 256 bytes, as memory from torch's allocator does. At
     home in a CUDA graph's capture, too.
 
+    Args:
+        rank: the kernel's place in cuBLASLt's order; by default what the card's table says, else the first.
+
     Raises:
-        NoKernel: cuBLASLt has no such kernel for this shape.
+        NoKernel: cuBLASLt has no such kernel for this shape, or not as many.
         RuntimeError: it could not launch one.
     """
     num_rows, depth = a.shape
     width = b.shape[1]
     index = a.get_device()
-    plan = _plan((width, depth, a.dtype, bias is not None, b.stride(0) == 1, index), num_rows)
+    plan = _plan((width, depth, a.dtype, bias is not None, b.stride(0) == 1, index), num_rows, rank)
     if index != torch.cuda.current_device():
         with torch.cuda.device(index):
             return plan.run(a, b, bias)
@@ -103,7 +129,7 @@ def gemm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.T
 class _Plan:
     """A GEMM of one shape and M: all that a launch takes besides addresses."""
 
-    def __init__(self, shape: Shape, num_rows: int) -> None:
+    def __init__(self, shape: Shape, num_rows: int, rank: int | None) -> None:
         n, k, dtype, _, weight_is_packed, index = shape
         self.n, self.num_rows, self.index = n, num_rows, index
         self.handle, self.operation, self.lock = _handle(index), _operation(shape), _lock(shape)
@@ -111,7 +137,7 @@ class _Plan:
         self.weight = _Layout(dtype, *((k, n) if weight_is_packed else (n, k)))
         self.rows = _Layout(dtype, k, num_rows)
         self.result = _Layout(dtype, n, num_rows)
-        self.algorithm = self._algorithm(shape)
+        self.algorithm = self._algorithm(shape, rank)
 
     def run(self, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         y = a.new_empty((self.num_rows, self.n))
@@ -133,30 +159,36 @@ class _Plan:
         _check("Matmul", status)
         return y
 
-    def _algorithm(self, shape: Shape) -> _Algorithm:
+    def _algorithm(self, shape: Shape, rank: int | None) -> _Algorithm:
         rounded = -(-self.num_rows // STEP) * STEP
-        if self.num_rows <= EXACT or self.num_rows == rounded:
-            return self._fastest()
-        found, checked = _plan(shape, rounded).algorithm, _Algorithm()
-        status = library().cublasLtMatmulAlgoCheck(*self._problem(), ctypes.byref(found), ctypes.byref(checked))
-        return found if status == 0 and checked.workspace == 0 else self._fastest()
+        if self.num_rows > EXACT and self.num_rows != rounded:
+            found, checked = _plan(shape, rounded, rank).algorithm, _Algorithm()
+            status = library().cublasLtMatmulAlgoCheck(*self._problem(), ctypes.byref(found), ctypes.byref(checked))
+            if status == 0 and checked.workspace == 0:
+                return found
+        if rank is not None:
+            return self._kernel(rank)
+        n, k, dtype, *_ = shape
+        by_table = ranks(n, k, dtype, torch.device("cuda", self.index))
+        return self._kernel(next((rank for largest, rank in by_table if self.num_rows <= largest), 0))
 
-    def _fastest(self) -> _Algorithm:
-        """By cuBLASLt's own estimate."""
+    def _kernel(self, rank: int) -> _Algorithm:
         preference = _create("MatmulPreference")
         try:
             workspace, schemes = ctypes.c_uint64(0), ctypes.c_uint32(_REDUCTION_SCHEME_NONE)
             _set("MatmulPreference", preference, _PREF_MAX_WORKSPACE_BYTES, workspace)
             _set("MatmulPreference", preference, _PREF_REDUCTION_SCHEME_MASK, schemes)
-            found, count = _Algorithm(), ctypes.c_int()
+            found, count = (_Algorithm * KERNELS)(), ctypes.c_int()
             status = library().cublasLtMatmulAlgoGetHeuristic(
-                *self._problem(), preference, 1, ctypes.byref(found), ctypes.byref(count)
+                *self._problem(), preference, rank + 1, found, ctypes.byref(count)
             )
         finally:
             library().cublasLtMatmulPreferenceDestroy(preference)
-        if status or not count.value or found.state:
-            raise NoKernel(f"cuBLASLt has no kernel without workspace for {self.num_rows} rows")
-        return found
+        kernels = [kernel for kernel in found[: count.value] if kernel.state == 0]
+        if status or len(kernels) <= rank:
+            what = "no kernel" if status or not kernels else f"{len(kernels)} kernels"
+            raise NoKernel(f"cuBLASLt has {what} without workspace for {self.num_rows} rows")
+        return kernels[rank]
 
     def _problem(self) -> tuple[int, ...]:
         result = self.result.address

@@ -145,7 +145,7 @@ def _prove(key: Key) -> Decision:
         n, k, dtype, has_bias, weight_is_packed, index = key
         device = torch.device("cuda", index) if index >= 0 else torch.device("cpu")
         measured = choice() == "auto" and weight_is_packed
-        faster = tiles.faster(n, k, dtype, *own.card(device)) if measured else ()
+        faster = tiles.faster(n, k, dtype, *tiles.card(device)) if measured else ()
         _decisions[key] = Decision(prove(Case(n, k, dtype, has_bias, weight_is_packed), device), faster)
     return _decisions[key]
 

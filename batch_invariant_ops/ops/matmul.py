@@ -18,7 +18,7 @@ from batch_invariant_ops import tiles
 from batch_invariant_ops.ops import specialised, vendor_gemm
 from batch_invariant_ops.ops.rows import row_step
 from batch_invariant_ops.proof import probe, same_bits
-from batch_invariant_ops.tiles import PLAIN, SPECIALISED, Tile
+from batch_invariant_ops.tiles import PLAIN, SPECIALISED, Tile, card
 
 try:
     import triton
@@ -373,14 +373,6 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def card(device: torch.device) -> tuple[str, tuple[int, int]]:
-    """A GPU's name and compute capability."""
-    if device.type != "cuda":
-        return "", (0, 0)
-    return torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
 
 
 def _on_cpu(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

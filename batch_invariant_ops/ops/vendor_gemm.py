@@ -14,8 +14,8 @@ _MM = {name: torch.library.get_kernel("aten::mm", name) for name in _DEVICES}
 _ADDMM = {name: torch.library.get_kernel("aten::addmm", name) for name in _DEVICES}
 
 
-def call(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """a [M, K] · b [K, N] + bias [N], operands laid out as for :func:`cublaslt.gemm`.
+def call(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, rank: int | None = None) -> torch.Tensor:
+    """a [M, K] · b [K, N] + bias [N], operands laid out as for :func:`cublaslt.gemm`, and ``rank`` as there.
 
     Raises:
         cublaslt.NoKernel: cuBLASLt has none for this shape.
@@ -23,8 +23,10 @@ def call(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.T
     device = "CPU"
     if a.is_cuda:
         if cublaslt.library() is not None:
-            return cublaslt.gemm(a, b, bias)
+            return cublaslt.gemm(a, b, bias, rank)
         device = "CUDA"
+    if rank:
+        raise cublaslt.NoKernel("aten has one kernel")
     if bias is None:
         return _MM[device].call_boxed(_KEYS[device], a, b)
     return _ADDMM[device].call_boxed(_KEYS[device], bias, a, b)

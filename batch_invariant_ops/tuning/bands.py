@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from batch_invariant_ops.tiles import NO_LIMIT, SAFE, Bands, Ranges, Table, Tile
+from batch_invariant_ops.tiles import NO_LIMIT, SAFE, Bands, Ranges, Ranks, Table, Tile
 from batch_invariant_ops.tuning.candidates import Card
 from batch_invariant_ops.tuning.search import Found, Point
 
@@ -35,7 +35,11 @@ def table(found: Mapping[Point, Found], card: Card) -> Table:
         raise ValueError("nothing was measured")
     shapes = {shape: bands(costs) for shape, costs in by_shape.items()}
     faster = {shape: ranges(won) for shape, won in wins.items()}
-    return Table(card.capability, card.gpu, ((NO_LIMIT, SAFE),), shapes, faster)
+    kernels: dict[tuple[int, int], dict[int, int]] = {}
+    for point, what in found.items():
+        kernels.setdefault((point.n, point.k), {})[point.m] = what.vendor_rank
+    of = {shape: ranks(by_rows) for shape, by_rows in kernels.items()}
+    return Table(card.capability, card.gpu, ((NO_LIMIT, SAFE),), shapes, faster, card.cublas, of)
 
 
 def ranges(won: Mapping[int, bool]) -> Ranges:
@@ -53,6 +57,20 @@ def ranges(won: Mapping[int, bool]) -> Ranges:
     if found and found[-1][1] == before:
         found.append((found.pop()[0], NO_LIMIT))
     return tuple(found)
+
+
+def ranks(kernels: Mapping[int, int]) -> Ranks:
+    """(largest M, the vendor's kernel) of each measured M's, neighbours merged; those beyond the last as the last.
+
+    >>> ranks({1: 0, 2: 3, 4: 3, 8: 0})
+    ((1, 0), (4, 3), (4611686018427387904, 0))
+    """
+    found: list[tuple[int, int]] = []
+    for m in sorted(kernels):
+        if found and found[-1][1] == kernels[m]:
+            found.pop()
+        found.append((m, kernels[m]))
+    return (*found[:-1], (NO_LIMIT, found[-1][1]))
 
 
 def bands(costs: Mapping[int, Costs]) -> Bands:

@@ -50,7 +50,7 @@ class Card:
         capability: (major, minor).
         multiprocessors: their number.
         shared_memory: bytes that one program may use.
-        driver, torch, triton: versions.
+        driver, torch, triton, cublas: versions.
         kernel: a digest of our kernel's source.
     """
 
@@ -61,6 +61,7 @@ class Card:
     driver: str | None = None
     torch: str | None = None
     triton: str | None = None
+    cublas: str | None = None
     kernel: str | None = None
 
 

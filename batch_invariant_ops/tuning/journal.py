@@ -18,7 +18,7 @@ from batch_invariant_ops.tiles import Tile
 from batch_invariant_ops.tuning.search import Found, Point
 
 logger = logging.getLogger(__name__)
-FORMAT = 2
+FORMAT = 3
 
 
 class Unusable(Exception):
@@ -100,7 +100,10 @@ class Journal:
         over = entry["over_vendor"]
         if over is not None and not 0 < over < float("inf"):
             raise ValueError
-        self.found[point] = Found(best, times, int(entry["skipped"]), float(entry["seconds"]), over)
+        rank = entry["vendor_rank"]
+        if type(rank) is not int or rank < 0:
+            raise ValueError
+        self.found[point] = Found(best, times, int(entry["skipped"]), float(entry["seconds"]), over, rank)
 
     def add(self, point: Point, found: Found) -> None:
         """Keep a finished point."""
@@ -108,6 +111,7 @@ class Journal:
         times = [[astuple(tile), round(time, 3)] for tile, time in found.times.items()]
         about = {
             "skipped": found.skipped, "seconds": round(found.seconds, 3), "over_vendor": found.over_vendor,
+            "vendor_rank": found.vendor_rank,
         }  # fmt: skip
         self._append({"n": point.n, "k": point.k, "m": point.m, "best": astuple(found.best), **about, "times": times})
 

@@ -6,7 +6,7 @@
     {"do": "time", "tile": [...], "rounds": ...} → {"us": ...}, {"other": elements that differ}, {"unfit": "why"}
                                                    or {"crash": "why"}, after which the process ends
 
-With null for a tile, the vendor's GEMM is asked, under the settings in which it may be proven.
+With a number in a tile's place, it is the vendor's kernel of that place in its own order.
 
 A round is a few calls one after the other, timed by CUDA events. They walk through copies of the weights that together
 exceed the L2 cache, as a model's layers do, and wait in the queue until all are there, so that the host's time is not
@@ -50,7 +50,7 @@ class Gpu:
         self.device = torch.device("cuda", 0)
         self.sleep = SLEEP
         self.turn = 0
-        self.checked: dict[Tile | None, int] = {}
+        self.checked: dict[Tile | int, int] = {}
         self.weights: list[torch.Tensor] = []
         self.largest = self.reference = self.x = torch.empty(0)
 
@@ -73,6 +73,7 @@ class Gpu:
                 driver=known["driver"],
                 torch=known["torch"],
                 triton=known["triton"],
+                cublas=known["cublas"],
                 kernel=hashlib.sha256(source.encode()).hexdigest()[:16],
             )
         )
@@ -107,9 +108,9 @@ class Gpu:
             torch.cuda.synchronize()
         return {}
 
-    def time(self, tile: list[Any] | None, rounds: int) -> dict[str, Any]:
-        """Compare one tile's bits, when it is new here, and time it."""
-        chosen = None if tile is None else Tile(*tile)
+    def time(self, tile: list[Any] | int, rounds: int) -> dict[str, Any]:
+        """Compare one tile's bits, when it is new here, and time it; or the vendor's."""
+        chosen = tile if isinstance(tile, int) else Tile(*tile)
         try:
             if chosen not in self.checked:
                 y = self.call(chosen)
@@ -128,7 +129,7 @@ class Gpu:
         torch.cuda.empty_cache()
         return {"unfit": why}
 
-    def round(self, tile: Tile | None, calls: int) -> float:
+    def round(self, tile: Tile | int, calls: int) -> float:
         """Microseconds a call."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         while True:
@@ -144,11 +145,11 @@ class Gpu:
                 return max(start.elapsed_time(end) * 1e3 / calls, 1e-3)
             self.sleep *= 2
 
-    def call(self, tile: Tile | None) -> torch.Tensor:
+    def call(self, tile: Tile | int) -> torch.Tensor:
         self.turn += 1
         w = self.weights[self.turn % len(self.weights)]
-        if tile is None:
-            return vendor_gemm.call(self.x, w.t(), None)
+        if isinstance(tile, int):
+            return vendor_gemm.call(self.x, w.t(), None, tile)
         return matmul.gemm(self.x, w.t(), tile=tile)
 
 

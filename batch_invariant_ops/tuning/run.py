@@ -37,6 +37,7 @@ class Run:
         shapes: (N, K) of each.
         largest: M up to which is measured.
         seconds: that it may take, about: with less time fewer tiles are tried, but each point is measured.
+        kept: a table whose tiles are the only ones that are tried, to see what of it and of the vendor's is faster.
 
     Attributes:
         points: all that were asked for.
@@ -45,8 +46,9 @@ class Run:
 
     def __init__(
         self, bench: Bench, journal: Journal, shapes: Sequence[tuple[int, int]], largest: int, seconds: float,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic, kept: Table | None = None,
     ) -> None:  # fmt: skip
+        self.kept = kept
         self.bench, self.journal, self.largest, self.seconds, self.clock = bench, journal, largest, seconds, clock
         self.points = [Point(n, k, m) for n, k in dict.fromkeys(shapes) for m in sizes(n, largest)]
         self.missing = [point for point in self.points if point not in journal.found]
@@ -111,7 +113,7 @@ class Run:
         rest = sum(map(weight, self.missing[number:]))
         left = max(0.0, deadline - self.clock())
         share = left * weight(point) / rest
-        first = list(dict.fromkeys([SAFE, *self._known(point)]))
+        first = list(dict.fromkeys([SAFE, *self._known(point)] if self.kept is None else self._new(point)))
         tried = list(dict.fromkeys([*first, *self._new(point)]))
         told(number, point, 0, len(tried))
         # what is compiled for one point serves many, so the first may wait for more than its share
@@ -122,9 +124,10 @@ class Run:
             least=sum(tile in first for tile in there), until=self.clock() + FIRST_RUNG * share, clock=self.clock,
             told=lambda done, total: told(number, point, done, total),
         )  # fmt: skip
-        over_vendor = self.bench.over_vendor(found.best)
-        over_vendor = over_vendor and round(over_vendor, 3)
-        self.journal.add(point, replace(found, skipped=found.skipped + failed, over_vendor=over_vendor))
+        ratio, rank = self.bench.over_vendor(found.best) or (None, 0)
+        over_vendor = ratio and round(ratio, 3)
+        skipped = found.skipped + failed
+        self.journal.add(point, replace(found, skipped=skipped, over_vendor=over_vendor, vendor_rank=rank))
 
     def _known(self, point: Point) -> Iterator[Tile]:
         """The winners nearby: those of fewer rows, of other shapes, and of the table that was shipped."""
@@ -139,6 +142,8 @@ class Run:
         yield from _shipped(self.bench.card.capability, point)
 
     def _new(self, point: Point) -> list[Tile]:
+        if self.kept is not None:
+            return [self.kept.tile(point.m, point.n, point.k)]
         return [SAFE, *candidates(point.m, point.n, point.k, self.bench.card)]
 
 
@@ -159,6 +164,6 @@ def measurements(found: dict[Point, Found]) -> list[dict[str, float | int | None
     return [
         {"n": point.n, "k": point.k, "m": point.m, "us": round(what.times[what.best], 2),
          "fixed_us": round(what.times[SAFE], 2) if SAFE in what.times else None,
-         "over_vendor": what.over_vendor}
+         "over_vendor": what.over_vendor, "vendor": what.vendor_rank}
         for point, what in sorted(found.items(), key=lambda item: item[0])
     ]  # fmt: skip

@@ -51,6 +51,7 @@ class Found:
         skipped: how many did not.
         seconds: that the search took.
         over_vendor: the best tile's time over that of the vendor's GEMM; None where that one gave other bits.
+        vendor_rank: the place in the vendor's order of the kernel that this was.
     """
 
     best: Tile
@@ -58,6 +59,7 @@ class Found:
     skipped: int = 0
     seconds: float = 0.0
     over_vendor: float | None = None
+    vendor_rank: int = 0
 
 
 def search(

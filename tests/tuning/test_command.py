@@ -51,6 +51,28 @@ def test_writes_a_table_that_servers_then_use(card, cache, capsys):
     assert bench.closed and not list(path.parent.glob(".unfinished*"))
 
 
+def test_tiles_are_kept_and_the_vendor_is_measured_anew(card, cache, capsys):
+    card()
+    assert cli.main([*COMMAND, "--keep-tiles"]) == 0  # the shipped ones
+    tiles.table_of.cache_clear()
+    card()
+    assert cli.main(COMMAND) == 0
+    before = table()
+    tiles.table_of.cache_clear()
+    bench = card()
+    assert cli.main([*COMMAND, "--keep-tiles", "--fresh"]) == 0
+    assert tiles.parse(table()).shapes == tiles.parse(before).shapes
+    assert {tile for _, tile in bench.measured} <= tiles.parse(before).tiles()
+    assert table()["cublas"] == "130202" and any(shape["vendor"] for shape in table()["shapes"])
+
+
+def test_without_a_table_no_tiles_can_be_kept(card, capsys, monkeypatch, tmp_path):
+    card()
+    monkeypatch.setattr(tiles, "SHIPPED", tmp_path)
+    assert cli.main([*COMMAND, "--keep-tiles"]) == 2
+    assert "--keep-tiles: there is no table for NVIDIA H100 80GB HBM3" in capsys.readouterr().err
+
+
 def test_each_band_is_a_line(card, cache):
     card()
     cli.main(COMMAND)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from batch_invariant_ops.ops import matmul, vendor_gemm
+from batch_invariant_ops.ops import cublaslt, matmul, vendor_gemm
 from batch_invariant_ops.tiles import SAFE, Tile
 from batch_invariant_ops.tuning import measuring
 
@@ -131,15 +131,19 @@ def test_what_does_not_launch_is_unfit_and_what_loses_the_context_is_a_crash(gpu
 def test_the_vendor_is_held_to_the_same_bits_and_clock(gpu, cuda, monkeypatch):
     result = gpu.reference.clone()
 
-    def vendor(a, b, bias):
-        cuda.now += 40.0
+    def vendor(a, b, bias, rank):
+        if rank == 2:
+            raise cublaslt.NoKernel("cuBLASLt has 2 kernels without workspace for 8 rows")
+        cuda.now += 40.0 + rank
         return result[: len(a)]
 
     monkeypatch.setattr(vendor_gemm, "call", vendor)
-    assert gpu.answer({"do": "time", "tile": None, "rounds": 3}) == {"us": 40.0}
+    assert gpu.answer({"do": "time", "tile": 0, "rounds": 3}) == {"us": 40.0}
+    assert gpu.answer({"do": "time", "tile": 1, "rounds": 3}) == {"us": 41.0}
+    assert "2 kernels" in gpu.answer({"do": "time", "tile": 2, "rounds": 3})["unfit"]
     gpu.point(8)
     gpu.reference[0, 0] += 1
-    assert gpu.answer({"do": "time", "tile": None, "rounds": 3}) == {"other": 1}
+    assert gpu.answer({"do": "time", "tile": 0, "rounds": 3}) == {"other": 1}
 
 
 def test_too_little_memory_is_said(gpu, cuda):

@@ -34,7 +34,7 @@ CARD = {"gpu": "a card", "capability": [9, 0], "multiprocessors": 132, "shared_m
 MEASURING = f"""
     do, tile = question["do"], question.get("tile", [0])
     print("noise of a compiler")
-    if tile is None: return eval(os.environ["VENDOR"])
+    if isinstance(tile, int): return (eval(os.environ["VENDOR"]) * 8)[tile]
     if do == "card": return {CARD!r}
     if do == "shape": return {{"memory": True}} if question["m"] > 100 else {{}}
     if do == "point": return {{}}
@@ -274,13 +274,18 @@ class TestBench:
     @pytest.mark.parametrize(
         "vendor, ratio, restarts",
         [
-            ({"us": 26.0}, 0.5, 0),
-            ({"other": 1}, None, 0),
-            ({"unfit": "no kernel"}, None, 0),
-            ({"crash": "an illegal access"}, None, 1),
+            ([{"us": 26.0}], (0.5, 0), 0),
+            ([{"us": 52.0}, {"us": 26.0}, {"us": 40.0}, {"us": 30.0}], (0.5, 1), 0),
+            ([{"us": 26.5}, {"us": 26.0}], (13 / 26.5, 0), 0),
+            ([{"us": 26.0}, {"unfit": "no kernel"}, {"us": 13.0}], (0.5, 0), 0),
+            ([{"other": 1}, {"us": 26.0}, {"other": 1}], (0.5, 1), 0),
+            ([{"other": 1}], None, 0),
+            ([{"unfit": "no kernel"}], None, 0),
+            ([{"crash": "an illegal access"}], None, 1),
         ],
-        ids=["faster", "other bits", "unfit", "crash"],
-    )
+        ids=["faster", "another kernel", "hardly faster", "few kernels", "one's other bits", "other bits", "unfit",
+             "crash"],
+    )  # fmt: skip
     def test_a_tile_against_the_vendor(self, bench, monkeypatch, vendor, ratio, restarts):
         monkeypatch.setenv("VENDOR", repr(vendor))
         bench._restart("its environment is new")

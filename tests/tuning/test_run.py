@@ -22,10 +22,10 @@ def run(tmp_path):
     """Makes a run with the journal in one file; the run."""
     journals = []
 
-    def make(bench=None, shapes=SHAPES, largest=64, seconds=1e6, **how):
-        for journal in journals:
-            journal.close()
-        journals.append(Journal(tmp_path / "a.jsonl", {"gpu": H100.gpu}))
+    def make(bench=None, shapes=SHAPES, largest=64, seconds=1e6, journal="a", **how):
+        for before in journals:
+            before.close()
+        journals.append(Journal(tmp_path / f"{journal}.jsonl", {"gpu": H100.gpu}))
         return Run(bench or Bench(), journals[-1], shapes, largest, seconds, **how)
 
     yield make
@@ -158,6 +158,19 @@ def test_a_table_survives_being_written_and_is_chosen(run):
     assert tiles.faster(*SHAPES[0], torch.bfloat16, H100.gpu, (9, 0)) == table.faster[SHAPES[0]]
     assert tiles.faster(*SHAPES[0], torch.float32, H100.gpu, (9, 0)) == ()
     assert tiles.faster(8, 8, torch.bfloat16, H100.gpu, (9, 0)) == ()
+    asked = *SHAPES[0], torch.bfloat16, H100.gpu, (9, 0)
+    assert tiles.ranks(*asked, "130202") == ((4, 0), (8, 1), (NO_LIMIT, 0)) == table.ranks[SHAPES[0]]
+    assert tiles.ranks(*asked, "130300") == ()
+    assert tiles.ranks(*SHAPES[0], torch.float32, H100.gpu, (9, 0), "130202") == ()
+
+
+def test_with_tiles_that_are_kept_only_those_are_measured(run):
+    table = go(run())
+    made = run(kept=table, journal="kept")
+    again = go(made)
+    assert {tile for _, tile in made.bench.measured} <= table.tiles()
+    assert again.faster == table.faster and again.ranks == table.ranks
+    assert all(again.tile(m, *shape) == table.tile(m, *shape) for shape in SHAPES for m in SIZES)
 
 
 class TestSizes:
@@ -205,4 +218,4 @@ class TestBands:
         found = [Found(A, {A: 10.0, SAFE: 20.0}), Found(A, {A: 10.0, SAFE: 80.0}), Found(A, {A: 1.0})]
         assert math.isclose(bands.over_fixed(found), 0.25) and bands.over_fixed(found[2:]) is None
         (line,) = measurements({Point(8, 4, 1): found[0]})
-        assert line == {"n": 8, "k": 4, "m": 1, "us": 10.0, "fixed_us": 20.0, "over_vendor": None}
+        assert line == {"n": 8, "k": 4, "m": 1, "us": 10.0, "fixed_us": 20.0, "over_vendor": None, "vendor": 0}
