@@ -40,7 +40,7 @@ def cases():
     """By name: a call whose time is dispatch and choice alone."""
     x, w, bias, y = aligned(M, K), aligned(N, K), aligned(N), aligned(M, N)
     deep = x.view(2, 4, K)
-    op = torch.ops.batch_invariant_ops.linear.default
+    op = torch.ops.batch_invariant_ops.gemm.default
     vendor_gemm.call = lambda a, b, bias: y
     for has_bias in (False, True):
         key = N, K, torch.bfloat16, has_bias, True, -1
@@ -48,12 +48,12 @@ def cases():
     library = torch.library.Library("batch_invariant_ops", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        library.impl("linear", linear._linear_on_gpu, "CPU", allow_override=True)
+        library.impl("gemm", linear._on_gpu, "CPU", allow_override=True)
     return library, {
         "the choice alone": lambda: linear.gemm(x, w.t(), None),
-        "the op": lambda: op(x, w, None),
-        "the op with a bias": lambda: op(x, w, bias),
-        "the op, three dimensions": lambda: op(deep, w, None),
+        "the op": lambda: op(x, w.t(), None),
+        "the op with a bias": lambda: op(x, w.t(), bias),
+        "the op, three dimensions": lambda: op(deep, w.t(), None),
     }
 
 

@@ -418,7 +418,7 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Any:
     """Stands in for vLLM's ``linear_batch_invariant``: y [..., N] = x [..., K] · weight [N, K]ᵀ + bias."""
     import torch
 
-    return torch.ops.batch_invariant_ops.linear(x, weight, bias)
+    return torch.ops.batch_invariant_ops.gemm(x, weight.t(), bias)
 
 
 def rms_norm(x: Any, weight: Any, eps: float = 1e-6, residual: Any = None) -> Any:

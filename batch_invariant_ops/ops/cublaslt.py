@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from batch_invariant_ops import tiles
+from batch_invariant_ops.ops.launching import empty
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def gemm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, rank: int 
     width = b.shape[1]
     index = a.get_device()
     plan = _plan((width, depth, a.dtype, bias is not None, b.stride(0) == 1, index), num_rows, rank)
-    if index != torch.cuda.current_device():
+    if index != torch._C._cuda_getDevice():
         with torch.cuda.device(index):
             return plan.run(a, b, bias)
     return plan.run(a, b, bias)
@@ -138,9 +139,10 @@ class _Plan:
         self.rows = _Layout(dtype, k, num_rows)
         self.result = _Layout(dtype, n, num_rows)
         self.algorithm = self._algorithm(shape, rank)
+        self.algorithm_address = ctypes.addressof(self.algorithm)
 
     def run(self, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        y = a.new_empty((self.num_rows, self.n))
+        y = empty(self.num_rows, self.n, a)
         at = y.data_ptr()
         result = self.result.address
         stream = torch._C._cuda_getCurrentRawStream(self.index)
@@ -148,7 +150,7 @@ class _Plan:
             self.handle, self.operation,
             _ALPHA, b.data_ptr(), self.weight.address, a.data_ptr(), self.rows.address,
             _BETA, at, result, at, result,
-            ctypes.addressof(self.algorithm), None, 0, stream,
+            self.algorithm_address, None, 0, stream,
         )  # fmt: skip
         if bias is None:
             status = library().cublasLtMatmul(*arguments)
@@ -178,7 +180,7 @@ class _Plan:
             workspace, schemes = ctypes.c_uint64(0), ctypes.c_uint32(_REDUCTION_SCHEME_NONE)
             _set("MatmulPreference", preference, _PREF_MAX_WORKSPACE_BYTES, workspace)
             _set("MatmulPreference", preference, _PREF_REDUCTION_SCHEME_MASK, schemes)
-            found, count = (_Algorithm * KERNELS)(), ctypes.c_int()
+            found, count = (_Algorithm * (rank + 1))(), ctypes.c_int()
             status = library().cublasLtMatmulAlgoGetHeuristic(
                 *self._problem(), preference, rank + 1, found, ctypes.byref(count)
             )

@@ -61,7 +61,12 @@ def linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> t
     fp32 accumulation with k ascending, the bias joins in fp32, one rounding to the dtype of x. Opaque to
     ``torch.compile`` and usable in a CUDA graph.
     """
-    return torch.ops.batch_invariant_ops.linear(x, w, b)
+    return torch.ops.batch_invariant_ops.gemm(x, w.t(), b)
+
+
+def opaque_gemm(x: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [..., K] · b [K, N] + bias [N], as :func:`linear` computes it."""
+    return torch.ops.batch_invariant_ops.gemm(x, b, bias)
 
 
 def gemm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -228,43 +233,45 @@ def windows() -> dict[Key, Window | None]:
     return {key: made.window for key, made in _decisions.items()}
 
 
-def _linear_on_gpu(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
+def _on_gpu(x: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if x.dim() == 2:
-        return gemm(x, w.t(), b)
-    return gemm(x.reshape(-1, x.shape[-1]), w.t(), b).view(*x.shape[:-1], w.shape[0])
+        return gemm(x, b, bias)
+    return gemm(x.reshape(-1, x.shape[-1]), b, bias).view(*x.shape[:-1], b.shape[1])
 
 
-def _linear_on_cpu(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
-    return own.gemm(x.reshape(-1, x.shape[-1]), w.t(), b).view(*x.shape[:-1], w.shape[0])
+def _on_cpu(x: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return own.gemm(x.reshape(-1, x.shape[-1]), b, bias).view(*x.shape[:-1], b.shape[1])
 
 
-def _fake(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], w.shape[0]))
+def _fake(x: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], b.shape[1]))
 
 
 def _save(ctx, inputs, output) -> None:
-    x, w, b = inputs
-    ctx.save_for_backward(x, w)
-    ctx.has_bias = b is not None
+    x, b, bias = inputs
+    ctx.save_for_backward(x, b)
+    ctx.has_bias = bias is not None
 
 
 def _backward(ctx, dy: torch.Tensor):
-    """dx = dy·W, dW = dyᵀ·x, db = 1ᵀ·dy, each by the same GEMM in its fixed order."""
-    x, w = ctx.saved_tensors
+    """dx = dy·bᵀ, db = xᵀ·dy, dbias = 1ᵀ·dy, each by the same GEMM in its fixed order."""
+    x, b = ctx.saved_tensors
     rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    dx = dw = db = None
+    dx = db = dbias = None
     if ctx.needs_input_grad[0]:
-        dx = linear(dy, w.t())
+        dx = opaque_gemm(dy, b.t(), None)
     if ctx.needs_input_grad[1]:
-        dw = linear(dy_rows.t(), rows.t())
+        db = opaque_gemm(rows.t(), dy_rows, None)
     if ctx.has_bias and ctx.needs_input_grad[2]:
-        db = linear(dy_rows.new_ones(1, len(dy_rows)), dy_rows.t())[0]
-    return dx, dw, db
+        dbias = opaque_gemm(dy_rows.new_ones(1, len(dy_rows)), dy_rows, None)[0]
+    return dx, db, dbias
 
 
+# b rather than w: compiled code hands on a view as a plain tensor, but a parameter as its own class, which vLLM's
+# is slow to ask
 _library = torch.library.Library("batch_invariant_ops", "FRAGMENT")
-_library.define("linear(Tensor x, Tensor w, Tensor? b=None) -> Tensor")
-_library.impl("linear", _linear_on_gpu, "CUDA")
-_library.impl("linear", _linear_on_cpu, "CPU")
-torch.library.register_fake("batch_invariant_ops::linear", _fake, lib=_library)
-torch.library.register_autograd("batch_invariant_ops::linear", _backward, setup_context=_save, lib=_library)
+_library.define("gemm(Tensor x, Tensor b, Tensor? bias) -> Tensor")
+_library.impl("gemm", _on_gpu, "CUDA")
+_library.impl("gemm", _on_cpu, "CPU")
+torch.library.register_fake("batch_invariant_ops::gemm", _fake, lib=_library)
+torch.library.register_autograd("batch_invariant_ops::gemm", _backward, setup_context=_save, lib=_library)

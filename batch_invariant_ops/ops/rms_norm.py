@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from batch_invariant_ops.ops.launching import Launcher
+from batch_invariant_ops.ops.launching import Launcher, empty
 from batch_invariant_ops.ops.rows import ALIGNMENT, as_rows, check_dtype, is_aligned, on_device_of, uses_triton
 from batch_invariant_ops.reduction import block_size, num_warps, tree_sum
 
@@ -137,25 +139,31 @@ def _run(
     residual_rows = rows if residual is None else as_rows(residual, length)
     if weight is not None and (weight.data_ptr() % ALIGNMENT or not weight.is_contiguous()):
         weight = weight.clone(memory_format=torch.contiguous_format)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    total = out if residual is None else torch.empty_like(out)
-    weight_or_any = out if weight is None else weight
-    block = block_size(length)
     steps = rows.stride(0), residual_rows.stride(0)
-    key = (
-        x.get_device(), x.dtype, weight_or_any.dtype, length, residual is not None, weight is not None,
-        steps[0] < 2**31, steps[1] < 2**31,
-    )  # fmt: skip
+    num_rows, has_residual, has_weight = rows.shape[0], residual is not None, weight is not None
     with on_device_of(x):
-        _launch(
-            key, (rows.shape[0], 1, 1),
-            (
-                rows, residual_rows, weight_or_any, out, total, *steps, length, eps,
-                block, length <= block, is_aligned(length, x.dtype), residual is not None, weight is not None,
-            ),
-            num_warps=num_warps(block),
+        out = empty(num_rows, length, x)
+        total = empty(num_rows, length, x) if has_residual else out
+        weight_or_any = out if weight is None else weight
+        shapes = _shapes(length, x.dtype)
+        key = (
+            x.get_device(), x.dtype, weight_or_any.dtype, length, has_residual, has_weight,
+            steps[0] < 2**31, steps[1] < 2**31,
         )  # fmt: skip
+        operands = (
+            rows, residual_rows, weight_or_any, out, total, *steps, length, eps, *shapes, has_residual, has_weight,
+        )  # fmt: skip
+        _launch(key, (num_rows, 1, 1), operands, num_warps=num_warps(shapes[0]))
+    if x.dim() != 2:
+        return out.view(x.shape), total.view(x.shape)
     return out, total
+
+
+@functools.cache
+def _shapes(length: int, dtype: torch.dtype) -> tuple[int, bool, bool]:
+    """The kernel's BLOCK, ONE_BLOCK and ALIGNED."""
+    block = block_size(length)
+    return block, length <= block, is_aligned(length, dtype)
 
 
 def _on_cpu(

@@ -76,6 +76,6 @@ _HERE = contextlib.nullcontext()
 
 def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Launches inside go to the GPU that holds x."""
-    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+    if not x.is_cuda or x.get_device() == torch._C._cuda_getDevice():
         return _HERE
     return torch.cuda.device(x.device)

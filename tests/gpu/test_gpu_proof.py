@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import batch_invariant_ops as ours
-from batch_invariant_ops import certificates, proving
+from batch_invariant_ops import certificates, proving, tiles
 from batch_invariant_ops.certificates import Case
 from batch_invariant_ops.ops import cublaslt, linear, matmul, vendor_gemm
 from batch_invariant_ops.proof import Window, same_bits
@@ -60,8 +60,10 @@ class TestCublaslt:
         bias = values(case.n, dtype=case.dtype, seed=2) if case.has_bias else None
         b = w.t() if case.weight_is_packed else w.t().contiguous()
         asked = []
-        fastest = cublaslt._Plan._fastest
-        monkeypatch.setattr(cublaslt._Plan, "_fastest", lambda plan: asked.append(plan.num_rows) or fastest(plan))
+        kernel = cublaslt._Plan._kernel
+        monkeypatch.setattr(
+            cublaslt._Plan, "_kernel", lambda plan, rank: asked.append(plan.num_rows) or kernel(plan, rank)
+        )
         cublaslt._plan.cache_clear()
         expected = matmul.gemm(x, b, bias)
         for num_rows in (1, 512, 513, 520, 576, 577, 1, 512, 600, 1100):
@@ -91,6 +93,19 @@ class TestCublaslt:
                 cublaslt.gemm(x, w.t(), None)
         finally:
             cublaslt._operation.cache_clear()
+
+    def test_the_tables_kernel_runs_and_another_has_the_same_bits(self, monkeypatch, values):
+        x, w = values(96, 4096, dtype=torch.bfloat16), values(6144, 4096, dtype=torch.bfloat16, seed=1)
+        first = cublaslt.gemm(x, w.t(), None, 0)
+        asked = []
+        kernel = cublaslt._Plan._kernel
+        monkeypatch.setattr(cublaslt._Plan, "_kernel", lambda plan, rank: asked.append(rank) or kernel(plan, rank))
+        monkeypatch.setattr(tiles, "ranks", lambda *of: ((64, 0), (96, 2)))
+        cublaslt._plan.cache_clear()
+        assert same_bits(cublaslt.gemm(x, w.t(), None), first) and asked == [2]
+        with pytest.raises(cublaslt.NoKernel, match="kernels without workspace for 96 rows"):
+            cublaslt.gemm(x, w.t(), None, 1000)
+        cublaslt._plan.cache_clear()
 
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
     def test_on_a_gpu_that_is_not_the_current_one(self, values):

@@ -24,7 +24,8 @@ SAMPLES = {
     "softmax": lambda grad: (values(3, 8, grad=grad), 1),
     "mean": lambda grad: (values(2, 3, 4, grad=grad), [0, 2]),
     "mean, keepdim": lambda grad: (values(2, 3, 4, grad=grad), [], True, torch.float32),
-    "linear": lambda grad: (values(2, 3, 8, grad=grad), values(5, 8, grad=grad), values(5, grad=grad)),
+    "gemm": lambda grad: (values(2, 3, 8, grad=grad), values(8, 5, grad=grad), values(5, grad=grad)),
+    "gemm, a layer's weight": lambda grad: (values(2, 8, grad=grad), values(5, 8, grad=grad).t(), None),
     "topk": lambda grad: ((10 * values(2, 3, 8)).requires_grad_(grad), 3),  # far apart: a step swaps none
     "bmm": lambda grad: (values(2, 3, 8, grad=grad), values(2, 8, 5, grad=grad)),
 }  # fmt: skip
