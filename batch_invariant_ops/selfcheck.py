@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from batch_invariant_ops import tiles
-from batch_invariant_ops.ops import matmul
+from batch_invariant_ops.ops import linear, matmul, topk
 from batch_invariant_ops.proof import same_bits
 
 RowOperation = Callable[[torch.Tensor], torch.Tensor]
@@ -84,29 +84,34 @@ def operations(device: torch.device, shape: Shape) -> dict[str, Check]:
     weight = torch.randn(COLUMNS, hidden, generator=generator, device=device).to(dtype)
     bias = torch.randn(COLUMNS, generator=generator, device=device).to(dtype)
     scale = torch.randn(hidden, generator=generator, device=device).to(dtype)
-    ours = torch.ops.batch_invariant_ops
     of_logits: dict[str, RowOperation] = {
         "log_softmax": lambda x: torch.log_softmax(x.float(), dim=-1),
         "softmax": lambda x: torch.softmax(x.float(), dim=-1),
-        "topk": lambda x: ours.topk(x, min(20, x.shape[-1]))[1],
+        "topk": lambda x: topk.topk(x, min(20, x.shape[-1]))[1],
     }
     of_hidden: dict[str, RowOperation] = {}
     if device.type == "cuda":
-        of_hidden = {
-            "rms_norm": lambda x: ours.rms_norm(x, scale, 1e-6),
-            "fused_add_rms_norm": lambda x: ours.fused_add_rms_norm(x, x, scale, 1e-6)[0],
-            "linear": lambda x: ours.linear(x, weight, None),
-            "linear with bias": lambda x: ours.linear(x, weight, bias),
-            "mm": lambda x: torch.mm(x, weight.t()),
-            "addmm": lambda x: torch.addmm(bias, x, weight.t()),
-            "mean": lambda x: torch.mean(x, dim=-1),
-        }
+        of_hidden = of_a_gpu(weight, bias, scale)
         table = tiles.table_of(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
         if table is not None and table.gpu is None:
             # a measured table's tiles were compared when they were measured; a reasoned one's are compared here
             of_hidden["tiles"] = lambda x: matmul.gemm(_cancelling(x, -1), _cancelling(weight, 1).t())
     return {name: Check(run, hidden) for name, run in of_hidden.items()} | {
         name: Check(run, shape.vocabulary, SAMPLED_BATCH_SIZES) for name, run in of_logits.items()
+    }
+
+
+def of_a_gpu(weight: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor) -> dict[str, RowOperation]:
+    """What replaces vLLM's and torch's own on a GPU, for rows as long as ``scale``."""
+    ours = torch.ops.batch_invariant_ops
+    return {
+        "rms_norm": lambda x: ours.rms_norm(x, scale, 1e-6),
+        "fused_add_rms_norm": lambda x: ours.fused_add_rms_norm(x, x, scale, 1e-6)[0],
+        "linear": lambda x: linear.linear(x, weight),
+        "linear with bias": lambda x: linear.linear(x, weight, bias),
+        "mm": lambda x: torch.mm(x, weight.t()),
+        "addmm": lambda x: torch.addmm(bias, x, weight.t()),
+        "mean": lambda x: torch.mean(x, dim=-1),
     }
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import batch_invariant_ops
 from batch_invariant_ops import selfcheck, status
 
 X = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
@@ -31,6 +32,13 @@ def test_an_operation_that_looks_beyond_its_row_is_found(operation):
 def test_this_device_passes(shape):
     report = selfcheck.run("cpu", shape)
     assert report.ok and set(report.passed) == {"softmax", "log_softmax", "topk"}, report
+
+
+@pytest.mark.parametrize("name", selfcheck.of_a_gpu(X[:7], X[0, :7], X[0]))
+def test_what_a_gpu_is_checked_for_keeps_its_bits_on_a_cpu_in_the_mode(name):
+    operation = selfcheck.of_a_gpu(X[:7], X[0, :7], X[0])[name]
+    with batch_invariant_ops.set_batch_invariant_mode():
+        assert len(operation(X)) == len(X) and selfcheck.keeps_bits(operation, X)
 
 
 def test_rows_are_as_long_as_the_models():
