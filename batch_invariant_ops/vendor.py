@@ -1,8 +1,9 @@
 """The settings under which a vendor's GEMM may keep the contract, set in one place, before it reads them.
 
 cuBLAS and cuBLASLt choose kernels that split K when they have workspace for the partial sums; without it they do not.
-With these settings cuBLASLt was seen to give the bits of the ascending-K Triton kernel on Hopper. They are necessary,
-not sufficient: :mod:`batch_invariant_ops.proof` decides, shape by shape, on the device at hand.
+So :mod:`batch_invariant_ops.ops.cublaslt` gives it none, and these settings deny it to torch's own calls. cuBLASLt then
+was seen to give the bits of the ascending-K Triton kernel on Hopper. They are necessary, not sufficient:
+:mod:`batch_invariant_ops.proof` decides, shape by shape, on the device at hand.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ _asked_for: dict[str, str] = {}
 def set_environment() -> None:
     """Deny cuBLAS and cuBLASLt the workspace to split K; read by torch when the first handle is made.
 
-    A value that the user set stays: where it lets the vendor split K, the proof fails and our kernel runs. What was
-    found first is what is set again later, because vLLM's mode writes its own value in between.
+    A value that the user set stays: where torch calls the vendor and it then splits K, the proof fails and our kernel
+    runs. What was found first is what is set again later, because vLLM's mode writes its own value in between.
     """
     for name, value in WORKSPACES.items():
         os.environ[name] = _asked_for.setdefault(name, os.environ.get(name, value))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from batch_invariant_ops import vendor
+from batch_invariant_ops.ops import cublaslt, vendor_gemm
 
 
 @pytest.fixture(autouse=True)
@@ -65,3 +66,24 @@ def test_a_setting_that_was_changed_since_is_named(change, said, monkeypatch):
         assert said in found
     finally:
         torch.backends.cuda.matmul.allow_fp16_accumulation = False
+
+
+def test_where_cublaslt_cannot_be_called_torch_calls_it(monkeypatch, caplog):
+    monkeypatch.setattr(torch.version, "cuda", "99.0")
+    for cached in (cublaslt.library, cublaslt.version):
+        cached.cache_clear()
+    try:
+        assert cublaslt.library() is None and "libcublasLt.so.99" in caplog.text
+        assert cublaslt.version() == "of CUDA 99.0"
+        assert vendor_gemm.name(torch.device("cuda")) == "aten"
+    finally:
+        monkeypatch.undo()
+        for cached in (cublaslt.library, cublaslt.version):
+            cached.cache_clear()
+
+
+def test_aten_has_one_kernel():
+    x, w = torch.ones(3, 8), torch.ones(8, 5)
+    assert vendor_gemm.call(x, w, None, 0).tolist() == vendor_gemm.call(x, w, None).tolist() == [[8.0] * 5] * 3
+    with pytest.raises(cublaslt.NoKernel, match="aten has one kernel"):
+        vendor_gemm.call(x, w, None, 1)
