@@ -85,6 +85,11 @@ JOBS = {
         "--jobs 4 --out {out}/attention.csv --logs {out}/engines",
         15,
     ),
+    "steps": job(
+        "benchmarks/serving.py --model {model} --kv-cache-gib 12 --out {out}/steps --systems plain kit "
+        "--workloads 1x513 1x700 1x1040 1x2000",
+        10,
+    ),
     "contexts": job(
         "benchmarks/serving.py --model {model} --kv-cache-gib 20 --out {out}/contexts --rounds 3 "
         "--workloads 1x2k 1x8k 1x32k 1x64k 4x32k",

@@ -172,9 +172,13 @@ class _Plan:
             return self._kernel(rank)
         n, k, dtype, *_ = shape
         by_table = ranks(n, k, dtype, torch.device("cuda", self.index))
-        return self._kernel(next((rank for largest, rank in by_table if self.num_rows <= largest), 0))
+        try:
+            return self._kernel(next((rank for largest, rank in by_table if self.num_rows <= largest), 0))
+        except NoKernel:  # it was measured for operands of another type, or without a bias
+            return self._kernel(0)
 
     def _kernel(self, rank: int) -> _Algorithm:
+        """The one at that place in cuBLASLt's order."""
         preference = _create("MatmulPreference")
         try:
             workspace, schemes = ctypes.c_uint64(0), ctypes.c_uint32(_REDUCTION_SCHEME_NONE)

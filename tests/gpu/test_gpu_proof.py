@@ -105,6 +105,9 @@ class TestCublaslt:
         assert same_bits(cublaslt.gemm(x, w.t(), None), first) and asked == [2]
         with pytest.raises(cublaslt.NoKernel, match="kernels without workspace for 96 rows"):
             cublaslt.gemm(x, w.t(), None, 1000)
+        monkeypatch.setattr(tiles, "ranks", lambda *of: ((96, 1000),))
+        cublaslt._plan.cache_clear()
+        assert same_bits(cublaslt.gemm(x, w.t(), None), first) and asked == [2, 1000, 1000, 0]
         cublaslt._plan.cache_clear()
 
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
