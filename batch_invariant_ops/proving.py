@@ -15,8 +15,8 @@ import torch
 
 from batch_invariant_ops import certificates
 from batch_invariant_ops.certificates import Case, Certificate
+from batch_invariant_ops.ops import cublaslt, vendor_gemm
 from batch_invariant_ops.ops import matmul as own
-from batch_invariant_ops.ops import vendor_gemm
 from batch_invariant_ops.proof import Gemm, Progress, Window, agreement, probe, window_of
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def settle(case: Case, device: torch.device) -> Window | None:
             return None
         repeated = {min(max(size, window.floor), window.cap) for size in REPEATED}
         # vLLM's steps may be longer than what was proven, and there our kernel would run
-        larger = _fitting(case, above=window.cap) if device.type == "cuda" else []
+        larger = _sizes(case, device, above=window.cap) if device.type == "cuda" else []
         if all(verdicts := compare(case, device, sorted(repeated | {*larger}))):
             return dataclasses.replace(window, cap=max([window.cap, *larger]))
         if all(verdicts[: len(repeated)]):
@@ -56,7 +56,7 @@ def settle(case: Case, device: torch.device) -> Window | None:
 
 def sample(case: Case, device: torch.device) -> Window | None:
     """The window over a sample of M."""
-    sizes = _fitting(case) or [1]
+    sizes = _sizes(case, device) or [1]
     while True:
         try:
             return window_of(sizes, compare(case, device, sizes), LARGEST_FLOOR)
@@ -68,9 +68,23 @@ def sample(case: Case, device: torch.device) -> Window | None:
                 return None
 
 
-def _fitting(case: Case, above: int = 0) -> list[int]:
-    """The sizes of the sample whose result is not too large for a start."""
-    return [size for size in SAMPLE if size > above and size * case.n <= LARGEST_OUTPUT]
+def _sizes(case: Case, device: torch.device, above: int = 0) -> list[int]:
+    """The sizes of the sample whose result is not too large for a start, and one for each kernel that runs at no other.
+
+    So where a GPU's vendor tells which kernel it runs, none goes unseen, however the sizes are spread.
+    """
+    sizes = [size for size in SAMPLE if size > above and size * case.n <= LARGEST_OUTPUT]
+    if device.type != "cuda" or not sizes:
+        return sizes
+    index = torch.cuda.current_device() if device.index is None else device.index
+    shape = (case.n, case.k, case.dtype, case.has_bias, case.weight_is_packed, index)
+    seen = {None, *(vendor_gemm.kernel(shape, size) for size in sizes)}
+    more = []
+    for size in range(above - above % cublaslt.STEP + cublaslt.STEP, sizes[-1], cublaslt.STEP):
+        if (kernel := vendor_gemm.kernel(shape, size)) not in seen:
+            seen.add(kernel)
+            more.append(size)
+    return sorted({*sizes, *more})
 
 
 def exhaustively(case: Case, device: torch.device, largest: int, progress: Progress | None = None) -> Certificate:

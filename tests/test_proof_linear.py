@@ -376,3 +376,45 @@ def test_rows_enough_are_compared_to_find_a_rare_difference():
 
 def test_no_verdicts_make_no_window():
     assert window_of([], [], 64) is None
+
+
+class TestEachKernel:
+    """A sample has an M for each of the kernels that a vendor on a GPU has up to its largest."""
+
+    CASE = Case(N, K, torch.bfloat16)
+    GPU = torch.device("cuda", 0)
+
+    def sizes(self, monkeypatch, kernel, sizes, above=0):
+        monkeypatch.setattr(vendor_gemm, "kernel", lambda shape, size: kernel(size))
+        monkeypatch.setattr(proving, "SAMPLE", sizes)
+        return proving._sizes(self.CASE, self.GPU, above)
+
+    def test_a_kernel_that_none_of_them_runs_is_added_once(self, monkeypatch):
+        kernels = {700: b"b", 704: b"b", 768: b"c", 832: b"c", 896: b"b"}
+        sizes = [1, 2, 512, 700, 1000]
+        assert self.sizes(monkeypatch, lambda size: kernels.get(size, b"a"), sizes) == [1, 2, 512, 700, 768, 1000]
+        assert self.sizes(monkeypatch, lambda size: kernels.get(size, b"a"), sizes, 769) == [832, 896, 1000]
+
+    def test_where_nobody_tells_and_where_there_is_none_nothing_is_added(self, monkeypatch):
+        assert self.sizes(monkeypatch, lambda size: None, [1, 2, 1000]) == [1, 2, 1000]
+        assert self.sizes(monkeypatch, lambda size: b"a" if size < 600 else None, [1, 1000]) == [1, 1000]
+        assert self.sizes(monkeypatch, lambda size: b"a", [1, 1000], above=1000) == []
+
+    def test_on_a_cpu_nothing_is_asked(self, monkeypatch):
+        monkeypatch.delattr(vendor_gemm, "kernel")
+        assert proving._sizes(self.CASE, CPU) == [1, 2, 3, 4, 8, 16, 32, 64, 80]
+
+    def test_a_vendor_that_lies_by_one_kernel_between_the_sizes_is_found(self, monkeypatch):
+        """Of the sample's own sizes none is near 4800; the kernel that lies runs there alone."""
+        compared = []
+
+        def compare(case, device, sizes, progress=None):
+            compared.extend(sizes)
+            return [not 4700 < size < 4900 for size in sizes]
+
+        monkeypatch.setattr(proving, "SAMPLE", SAMPLE)
+        monkeypatch.setattr(proving, "compare", compare)
+        monkeypatch.setattr(vendor_gemm, "kernel", lambda shape, size: b"liar" if 4700 < size < 4900 else b"honest")
+        assert proving.sample(self.CASE, self.GPU) is None and 4736 in compared
+        monkeypatch.setattr(vendor_gemm, "kernel", lambda shape, size: None)
+        assert proving.sample(self.CASE, self.GPU) is not None

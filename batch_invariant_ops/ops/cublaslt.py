@@ -27,8 +27,8 @@ EXACT, STEP = 512, 64
 """More than EXACT rows get the kernel of the next multiple of STEP, which has as many tiles, whatever their size."""
 KERNELS = 8
 """That are asked for; there may be fewer."""
-PLANS = 8192
-"""Kept at a time, a few hundred bytes each."""
+PLANS = 16384
+"""Kept at a time, about a kilobyte each; a start makes some 700 for each shape of its model."""
 
 Shape = tuple[int, int, torch.dtype, bool, bool, int]
 """N, K, dtype, whether there is a bias, whether it is w [N, K] that is packed rather than wᵀ, and the GPU's index."""
@@ -125,6 +125,15 @@ def gemm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, rank: int 
         with torch.cuda.device(index):
             return plan.run(a, b, bias)
     return plan.run(a, b, bias)
+
+
+def kernel(shape: Shape, num_rows: int) -> bytes:
+    """What tells the kernel that :func:`gemm` runs by default from others: cuBLASLt's own description of it.
+
+    Raises:
+        NoKernel: see there.
+    """
+    return bytes(_plan(shape, num_rows, None).algorithm.data)
 
 
 class _Plan:

@@ -32,6 +32,16 @@ def call(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, rank: int 
     return _ADDMM[device].call_boxed(_KEYS[device], bias, a, b)
 
 
+def kernel(shape: cublaslt.Shape, num_rows: int) -> bytes | None:
+    """What tells the kernel that :func:`call` runs on a GPU from others; None where there is none, or nobody tells."""
+    if cublaslt.library() is None:
+        return None
+    try:
+        return cublaslt.kernel(shape, num_rows)
+    except cublaslt.NoKernel:
+        return None
+
+
 def name(device: torch.device) -> str:
     """What :func:`call` calls, for which alone a proof holds."""
     return "cublasLtMatmul" if device.type == "cuda" and cublaslt.library() is not None else "aten"
