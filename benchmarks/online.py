@@ -21,10 +21,12 @@ import importlib.metadata
 import json
 import math
 import os
+import select
 import statistics
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +35,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "vllm"))
 
 import demo  # noqa: E402
-from local_server import Failure, Program, Programs, free_port, run_command, wait_until_ready  # noqa: E402
+from local_server import (  # noqa: E402
+    Failure,
+    Program,
+    Programs,
+    die_with_parent,
+    free_port,
+    run_command,
+    wait_until_ready,
+)
 from rounds import kept, processor  # noqa: E402
 from serve import NOT_FOR_VLLM, SWITCHES_OF_THE_MODE, Installed, command, environment  # noqa: E402
 from serve_settings import GPU_BACKENDS, Settings  # noqa: E402
@@ -67,18 +77,69 @@ CPU = Load(input_len=64, output_len=16, seconds=10.0, warm_up=16)
 GPU = Load(input_len=1024, output_len=128, seconds=20.0, warm_up=128)
 
 
+class Client:
+    """`vllm bench serve` in a process of its own, which imports vLLM once and not for every run."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, "--client"], env=client_env(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=output, text=True, start_new_session=True, preexec_fn=die_with_parent,
+            )  # fmt: skip
+
+    def run(self, argv: list[str]) -> None:
+        """One benchmark.
+
+        Raises:
+            Failure: it failed, or did not end.
+        """
+        self.process.stdin.write(json.dumps(argv) + "\n")
+        self.process.stdin.flush()
+        ended, _, _ = select.select([self.process.stdout], [], [], RUN_SECONDS)
+        if not ended:
+            raise Failure(f"vllm bench serve did not end within {RUN_SECONDS:.0f} s")
+        line = self.process.stdout.readline()
+        if not line or (why := json.loads(line)):
+            raise Failure(f"vllm bench serve failed: {why if line else 'its process ended'}; {self.log} says more")
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def serve_clients(answers) -> None:
+    """What a client's process does: a line with a benchmark's arguments in, a line with what went wrong out."""
+    from vllm.benchmarks.serve import add_cli_args
+    from vllm.benchmarks.serve import main as bench
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    for line in sys.stdin:
+        why = ""
+        try:
+            bench(parser.parse_args(json.loads(line)))
+        except (Exception, SystemExit) as error:  # whatever of vLLM's may fail
+            traceback.print_exc()
+            why = f"{type(error).__name__}: {error}"
+        print(json.dumps(why), file=answers, flush=True)
+
+
 @dataclass(frozen=True)
 class Bench:
-    """`vllm bench serve`, in a process of its own."""
+    """Runs of a client against servers."""
 
-    programs: Programs
+    client: Client
     model: str
     load: Load
-    log: Path
     folder: Path
 
     def run(self, server: Program, port: int, prompts: int, rate: float, seed: int) -> dict:
-        """Its JSON of one run.
+        """vLLM's JSON of one run.
 
         Raises:
             Failure: a request failed, or the server or the client did.
@@ -86,7 +147,6 @@ class Bench:
         result = self.folder / "result.json"
         result.unlink(missing_ok=True)
         argv = [
-            *(sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"),
             *("--backend", "vllm", "--host", "127.0.0.1", "--port", str(port)),
             *("--model", "demo", "--tokenizer", self.model, "--temperature", "0", "--ignore-eos"),
             *("--dataset-name", "random", "--num-prompts", str(prompts)),
@@ -95,21 +155,18 @@ class Bench:
             *("--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,99", "--disable-tqdm"),
             *("--save-result", "--result-dir", str(self.folder), "--result-filename", result.name),
         ]
-        client = self.programs.start("vllm bench serve", argv, client_env(), self.log)
         try:
-            status = client.process.wait(RUN_SECONDS)
-        except subprocess.TimeoutExpired:
-            raise Failure(f"{server.name}: a run did not end within {RUN_SECONDS:.0f} s") from None
-        if server.process.poll() is not None:
-            raise Failure(f"{server.name}: the server ended; the end of {server.log}:\n{server.last_lines()}")
-        if status != 0 or not result.is_file():
-            raise Failure(f"vllm bench serve ended with status {status}; the end of its log:\n{client.last_lines()}")
+            self.client.run(argv)
+        except Failure as failure:
+            if server.process.poll() is not None:
+                raise Failure(f"{server.name}: it ended; the end of {server.log}:\n{server.last_lines()}") from None
+            raise Failure(f"{server.name}: {failure}") from None
         found = json.loads(result.read_text(encoding="utf-8"))
         found["failed"] = prompts - found["completed"]
         if found["failed"]:
             raise Failure(
                 f"{server.name}: {found['failed']} of {prompts} requests failed at {rate:.2f} requests/s; "
-                f"{self.log} says why"
+                f"{self.client.log} says why"
             )
         return found
 
@@ -231,7 +288,8 @@ def online(arguments: argparse.Namespace) -> int:
     }
     out = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, Programs() as programs:
+    client = Client(out / "online-bench.log")
+    with tempfile.TemporaryDirectory() as folder, Programs() as programs, client:
         servers = {}
         for name in systems:
             port = free_port()
@@ -239,7 +297,7 @@ def online(arguments: argparse.Namespace) -> int:
             servers[programs.start(name, argv, env, out / f"online-{name}.log")] = port
         about = versions(on_cpu) | {"input_len": load.input_len, "output_len": load.output_len}
         wait_until_ready(servers, demo.START_SECONDS, demo.say)
-        bench = Bench(programs, model, load, out / "online-bench.log", Path(folder))
+        bench = Bench(client, model, load, Path(folder))
         most = capacity(bench, servers, arguments.prompts)
         rates = {fraction: fraction * most for fraction in arguments.fractions}
         found = measure(bench, servers, rates, arguments.rounds, arguments.prompts)
@@ -262,6 +320,7 @@ def online(arguments: argparse.Namespace) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--client", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--model", help="its folder (default: the demo's, made where it is missing)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="the folder to write to")
     parser.add_argument("--systems", nargs="+", choices=ENVIRONMENTS, default=list(ENVIRONMENTS))
@@ -276,6 +335,12 @@ def main() -> int:
         "--kv-cache-gib", type=float, default=8.0, help="of each system, on a GPU (default: %(default)s)"
     )
     arguments = parser.parse_args()
+    if arguments.client:
+        # vLLM prints to stdout, which here is the channel back
+        answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+        serve_clients(answers)
+        return 0
     if PLAIN not in arguments.systems:
         parser.error(f"--systems={' '.join(arguments.systems)!r} is not valid: {PLAIN} is what the others are held to")
     if any(fraction <= 0 for fraction in arguments.fractions):
