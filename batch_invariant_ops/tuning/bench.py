@@ -99,9 +99,7 @@ class Bench:
         """
         if tile in self.unfit:
             raise Unfit(self.unfit[tile])
-        if self._child is None:
-            self._make()
-            self._ask("point", m=self._point.m if self._point else 1)
+        self._go_back()
         try:
             said = self._ask("time", self.seconds, tile=astuple(tile), rounds=rounds)
         except Broken as error:
@@ -149,6 +147,7 @@ class Bench:
         return statistics.median(ours) / times[rank], rank
 
     def _vendor(self, rank: int) -> dict[str, Any]:
+        self._go_back()
         said = self._ask("time", self.seconds, tile=rank, rounds=ROUNDS)
         if "crash" in said:
             self._restart(said["crash"])
@@ -165,6 +164,12 @@ class Bench:
         if self._pool is None:
             self._pool = Pool(self.card, self.dtype)
         return self._pool
+
+    def _go_back(self) -> None:
+        """Have a process that measures, at the point: one that was ended had been there."""
+        if self._child is None:
+            self._make()
+            self._ask("point", m=self._point.m if self._point else 1)
 
     def _make(self) -> None:
         if (to := self._largest) is not None and self._ask("shape", n=to.n, k=to.k, m=to.m, dtype=self.dtype):
