@@ -92,7 +92,7 @@ def operations(device: torch.device, shape: Shape) -> dict[str, Check]:
     of_hidden: dict[str, RowOperation] = {}
     if device.type == "cuda":
         of_hidden = of_a_gpu(weight, bias, scale)
-        table = tiles.table_of(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+        table = tiles.table_of(*tiles.card(device))
         if table is not None and table.gpu is None:
             # a measured table's tiles were compared when they were measured; a reasoned one's are compared here
             of_hidden["tiles"] = lambda x: matmul.gemm(_cancelling(x, -1), _cancelling(weight, 1).t())

@@ -325,7 +325,7 @@ def content_of(table: Table, **about: Any) -> dict[str, Any]:
     """What :func:`parse` reads, with facts for people to read beside it."""
     shapes = [
         {"n": n, "k": k, "faster": _plain_ranges(table.faster.get((n, k), ())),
-         "vendor": [[None if last == NO_LIMIT else last, rank] for last, rank in table.ranks.get((n, k), ())],
+         "vendor": [[_plain_limit(largest), rank] for largest, rank in table.ranks.get((n, k), ())],
          "bands": _plain(bands)}
         for (n, k), bands in table.shapes.items()
     ]  # fmt: skip
@@ -337,8 +337,7 @@ def _bands(content: Any) -> Bands:
     bands = []
     for entry in content:
         values = {name: entry[name] for name in (field.name for field in fields(Tile)) if name in entry}
-        largest = entry["up_to"]
-        bands.append((NO_LIMIT if largest is None else largest, Tile(**values)))
+        bands.append((_limit(entry["up_to"]), Tile(**values)))
     bounds = [largest for largest, _ in bands]
     if not bounds or bounds[-1] != NO_LIMIT or bounds != sorted({*bounds}) or not all(type(b) is int for b in bounds):
         raise ValueError(f"its bands end at {bounds}: ascending whole numbers, null at last, are needed")
@@ -346,11 +345,11 @@ def _bands(content: Any) -> Bands:
 
 
 def _plain(bands: Bands) -> list[dict[str, Any]]:
-    return [{"up_to": None if largest == NO_LIMIT else largest, **asdict(tile)} for largest, tile in bands]
+    return [{"up_to": _plain_limit(largest), **asdict(tile)} for largest, tile in bands]
 
 
 def _ranges(content: Any) -> Ranges:
-    ranges = tuple((first, NO_LIMIT if last is None else last) for first, last in content)
+    ranges = tuple((first, _limit(last)) for first, last in content)
     bounds = [bound for pair in ranges for bound in pair]
     if not all(type(bound) is int and bound > 0 for bound in bounds) or bounds != sorted(bounds):
         raise ValueError(f"our kernel is faster for M of {list(content)}: ascending ranges of whole numbers are needed")
@@ -358,7 +357,7 @@ def _ranges(content: Any) -> Ranges:
 
 
 def _ranks(content: Any) -> Ranks:
-    ranks = tuple((NO_LIMIT if largest is None else largest, rank) for largest, rank in content)
+    ranks = tuple((_limit(largest), rank) for largest, rank in content)
     bounds = [largest for largest, _ in ranks]
     if not all(type(number) is int and number >= 0 for pair in ranks for number in pair) or bounds != sorted({*bounds}):
         raise ValueError(f"the vendor's kernels are {list(content)}: pairs of whole numbers, ascending, are needed")
@@ -366,4 +365,13 @@ def _ranks(content: Any) -> Ranks:
 
 
 def _plain_ranges(ranges: Ranges) -> list[list[int | None]]:
-    return [[first, None if last == NO_LIMIT else last] for first, last in ranges]
+    return [[first, _plain_limit(last)] for first, last in ranges]
+
+
+def _limit(said: Any) -> Any:
+    """The largest M of a band in a file, where null is none."""
+    return NO_LIMIT if said is None else said
+
+
+def _plain_limit(largest: int) -> int | None:
+    return None if largest == NO_LIMIT else largest

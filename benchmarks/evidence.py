@@ -87,7 +87,7 @@ JOBS = {
     ),
     "steps": job(
         "benchmarks/serving.py --model {model} --kv-cache-gib 12 --out {out}/steps --systems plain kit "
-        "--workloads 1x513 1x700 1x1040 1x2000",
+        "--workloads step-513 step-700 step-1040 step-2000",
         10,
     ),
     "contexts": job(

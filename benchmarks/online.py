@@ -30,6 +30,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "vllm"))
@@ -47,7 +48,7 @@ from local_server import (  # noqa: E402
 from rounds import kept, processor  # noqa: E402
 from serve import NOT_FOR_VLLM, SWITCHES_OF_THE_MODE, Installed, command, environment  # noqa: E402
 from serve_settings import GPU_BACKENDS, Settings  # noqa: E402
-from serving import ATTENTION, ENVIRONMENTS, KIT, MODE, OWN, PLAIN  # noqa: E402
+from serving import ATTENTION, ENVIRONMENTS, KIT, MODE, OWN, PLAIN, channel_back  # noqa: E402
 
 RUN_SECONDS = 600.0  # after which a run hangs
 WARM_UP_SEED = 1_000_000  # of no round
@@ -111,7 +112,7 @@ class Client:
         self.process.wait()
 
 
-def serve_clients(answers) -> None:
+def serve_clients(answers: TextIO) -> None:
     """What a client's process does: a line with a benchmark's arguments in, a line with what went wrong out."""
     from vllm.benchmarks.serve import add_cli_args
     from vllm.benchmarks.serve import main as bench
@@ -336,10 +337,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     if arguments.client:
-        # vLLM prints to stdout, which here is the channel back
-        answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-        os.dup2(2, 1)
-        serve_clients(answers)
+        serve_clients(channel_back())
         return 0
     if PLAIN not in arguments.systems:
         parser.error(f"--systems={' '.join(arguments.systems)!r} is not valid: {PLAIN} is what the others are held to")

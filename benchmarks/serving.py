@@ -25,7 +25,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN, OWN, KIT = "plain", "vllm-own-mode", "kit"
@@ -67,7 +67,7 @@ CONTEXTS = {
     "4x32k": Workload(4, 32768, 129, decode_only=True),
 }
 """Asked for by name: how long 128 further tokens take after a long prompt."""
-STEPS = {f"1x{tokens}": Workload(1, tokens, 1) for tokens in (513, 700, 1040, 2000)}
+STEPS = {f"step-{tokens}": Workload(1, tokens, 1) for tokens in (513, 700, 1040, 2000)}
 """Asked for by name: a step too long for vLLM's CUDA graphs, which waits for the host as much as for the GPU."""
 ALL = WORKLOADS | CONTEXTS | STEPS
 
@@ -142,7 +142,14 @@ class System:
         }
 
 
-def worker(answers) -> None:
+def channel_back() -> TextIO:
+    """This process's stdout, for answers alone; what vLLM prints to it goes to stderr from now on."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return answers
+
+
+def worker(answers: TextIO) -> None:
     system = None
     for line in sys.stdin:
         ask = json.loads(line)
@@ -288,10 +295,7 @@ def main() -> None:
     parser.add_argument("--kv-cache-gib", type=float, default=6.0, help="of each system (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.worker:
-        # vLLM prints to stdout, which here is the channel back
-        answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-        os.dup2(2, 1)
-        return worker(answers)
+        return worker(channel_back())
     if not arguments.model:
         parser.error("--model='' is not valid: a model's folder is needed")
     if PLAIN not in arguments.systems:

@@ -45,20 +45,17 @@ def test_a_shipped_table_is_sound_and_fits_its_card(path):
         assert tile.shared_memory() <= SHARED_MEMORY[table.capability] * 1024, tile
 
 
-@pytest.mark.parametrize("faster", [[[0, 4]], [[4, 2]], [[1, 4], [3, 8]], [[1, 4.5]], [[1]], [[1, None], [3, 4]], 5])
-def test_where_ours_is_faster_must_be_ascending_ranges(faster, caplog):
-    said = content()
-    said["shapes"][0]["faster"] = faster
-    keep(NAMELESS, json.dumps(said))
-    assert tiles.table_of(NAMELESS, (9, 0)).gpu != "NVIDIA H100 80GB HBM3"
-    assert "is ignored" in caplog.text
+NO_RANGES = [[[0, 4]], [[4, 2]], [[1, 4], [3, 8]], [[1, 4.5]], [[1]], [[1, None], [3, 4]], 5]
+NO_RANKS = [[[0, -1]], [[4, 0], [2, 1]], [[4, 0], [4, 1]], [[1, 1.5]], [[None, 0], [4, 1]], 5]
 
 
-@pytest.mark.parametrize("ranks", [[[0, -1]], [[4, 0], [2, 1]], [[4, 0], [4, 1]], [[1, 1.5]], [[None, 0], [4, 1]], 5])
-def test_the_vendors_kernels_must_be_ascending_pairs(ranks, caplog):
-    said = content()
-    said["shapes"][0]["vendor"] = ranks
-    keep(NAMELESS, json.dumps(said))
+@pytest.mark.parametrize(
+    "name, said", [*(("faster", said) for said in NO_RANGES), *(("vendor", said) for said in NO_RANKS)]
+)
+def test_where_ours_is_faster_and_which_of_the_vendors_must_ascend(name, said, caplog):
+    table = content()
+    table["shapes"][0][name] = said
+    keep(NAMELESS, json.dumps(table))
     assert tiles.table_of(NAMELESS, (9, 0)).gpu != "NVIDIA H100 80GB HBM3"
     assert "is ignored" in caplog.text
 

@@ -20,6 +20,7 @@ import torch
 
 from batch_invariant_ops import tiles
 from batch_invariant_ops.ops.launching import empty
+from batch_invariant_ops.ops.rows import on_device_of
 
 logger = logging.getLogger(__name__)
 
@@ -73,13 +74,17 @@ class _Algorithm(ctypes.Structure):
     )
 
 
+def _loaded() -> ctypes.CDLL:
+    return ctypes.CDLL(f"libcublasLt.so.{(torch.version.cuda or '').split('.')[0]}")
+
+
 @functools.cache
 def library() -> Any:
     """The library, or None where torch has none or it lacks a function; the log then says so."""
     if torch.version.cuda is None:
         return None
     try:
-        found = ctypes.CDLL(f"libcublasLt.so.{torch.version.cuda.split('.')[0]}")
+        found = _loaded()
         for name, arguments in _ARGUMENTS.items():
             getattr(found, f"cublasLt{name}").argtypes = arguments
     except (OSError, AttributeError) as error:
@@ -92,7 +97,7 @@ def library() -> Any:
 def version() -> str:
     """cuBLASLt's own version number, or CUDA's where the library does not tell."""
     try:
-        tell = ctypes.CDLL(f"libcublasLt.so.{(torch.version.cuda or '').split('.')[0]}").cublasLtGetVersion
+        tell = _loaded().cublasLtGetVersion
     except (OSError, AttributeError):
         return f"of CUDA {torch.version.cuda}"
     tell.restype = ctypes.c_size_t
@@ -119,12 +124,9 @@ def gemm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, rank: int 
     """
     num_rows, depth = a.shape
     width = b.shape[1]
-    index = a.get_device()
-    plan = _plan((width, depth, a.dtype, bias is not None, b.stride(0) == 1, index), num_rows, rank)
-    if index != torch._C._cuda_getDevice():
-        with torch.cuda.device(index):
-            return plan.run(a, b, bias)
-    return plan.run(a, b, bias)
+    plan = _plan((width, depth, a.dtype, bias is not None, b.stride(0) == 1, a.get_device()), num_rows, rank)
+    with on_device_of(a):
+        return plan.run(a, b, bias)
 
 
 def kernel(shape: Shape, num_rows: int) -> bytes:
@@ -142,7 +144,7 @@ class _Plan:
     def __init__(self, shape: Shape, num_rows: int, rank: int | None) -> None:
         n, k, dtype, _, weight_is_packed, index = shape
         self.n, self.num_rows, self.index = n, num_rows, index
-        self.handle, self.operation, self.lock = _handle(index), _operation(shape), _lock(shape)
+        self.handle, (self.operation, self.lock) = _handle(index), _operation(shape)
         # cuBLAS sees matrices column by column: y [N, M] = w [N, K] · x [K, M]
         self.weight = _Layout(dtype, *((k, n) if weight_is_packed else (n, k)))
         self.rows = _Layout(dtype, k, num_rows)
@@ -233,8 +235,8 @@ def _handle(index: int) -> int:
 
 
 @functools.cache
-def _operation(shape: Shape) -> int:
-    """y = w·x or wᵀ·x, with or without a bias; there are as many as a model has shapes, and they stay."""
+def _operation(shape: Shape) -> tuple[int, threading.Lock]:
+    """y = w·x or wᵀ·x, with or without a bias, and its lock; there are as many as a model has shapes, and they stay."""
     *_, has_bias, weight_is_packed, _ = shape
     made = _create("MatmulDesc", _COMPUTE_32F, _SCALE_32F)
     if weight_is_packed:
@@ -242,12 +244,7 @@ def _operation(shape: Shape) -> int:
     if has_bias:
         _set("MatmulDesc", made, _DESC_EPILOGUE, ctypes.c_uint32(_EPILOGUE_BIAS))
         _set("MatmulDesc", made, _DESC_BIAS_POINTER, ctypes.c_void_p(_SOME_ALIGNED_ADDRESS))
-    return made
-
-
-@functools.cache
-def _lock(shape: Shape) -> threading.Lock:
-    return threading.Lock()
+    return made, threading.Lock()
 
 
 def _create(kind: str, *arguments: int) -> int:

@@ -17,7 +17,7 @@ from batch_invariant_ops import proving, tiles
 from batch_invariant_ops.certificates import Case
 from batch_invariant_ops.ops import matmul as own
 from batch_invariant_ops.ops import vendor_gemm
-from batch_invariant_ops.ops.cublaslt import NoKernel
+from batch_invariant_ops.ops.cublaslt import NoKernel, Shape
 from batch_invariant_ops.proof import Window
 
 logger = logging.getLogger(__name__)
@@ -29,8 +29,6 @@ HIDDEN, FEW_ROWS = 2.5e11, 175
 """N·K·M of a GEMM that takes an H200 some 700 µs, so that the host has long launched ours by then; with fewer rows than
 that the weights take as long."""
 
-Key = tuple[int, int, torch.dtype, bool, bool, int]
-
 
 class Decision(NamedTuple):
     """Which GEMM runs: the vendor's for M in the window, where there is one, but ours where it is the faster."""
@@ -39,8 +37,8 @@ class Decision(NamedTuple):
     faster: tiles.Ranges = ()
 
 
-_decisions: dict[Key, Decision] = {}
-_calls: Counter[Key] = Counter()
+_decisions: dict[Shape, Decision] = {}
+_calls: Counter[Shape] = Counter()
 
 
 def choice() -> str:
@@ -61,7 +59,7 @@ def linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> t
     fp32 accumulation with k ascending, the bias joins in fp32, one rounding to the dtype of x. Opaque to
     ``torch.compile`` and usable in a CUDA graph.
     """
-    return torch.ops.batch_invariant_ops.gemm(x, w.t(), b)
+    return opaque_gemm(x, w.t(), b)
 
 
 def opaque_gemm(x: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -101,7 +99,7 @@ def gemm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> 
         return own.gemm(a, b, bias)
 
 
-def _key(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> Key | None:
+def _key(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> Shape | None:
     """What the choice goes by; None for operands that are not laid out as a proof's.
 
     Those are packed, aligned as memory from torch's allocator is (cuBLASLt chooses its kernel by alignment, too), of
@@ -135,7 +133,7 @@ def _key(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> Key | N
     return width, depth, dtype, True, weight_is_packed, a.get_device()
 
 
-def _decide(key: Key) -> Decision:
+def _decide(key: Shape) -> Decision:
     """Prove, once it is worth it; until then ours runs."""
     if torch.cuda.is_current_stream_capturing():
         return Decision(None)
@@ -145,7 +143,7 @@ def _decide(key: Key) -> Decision:
     return _prove(key)
 
 
-def _prove(key: Key) -> Decision:
+def _prove(key: Shape) -> Decision:
     if key not in _decisions:
         n, k, dtype, has_bias, weight_is_packed, index = key
         device = torch.device("cuda", index) if index >= 0 else torch.device("cpu")
@@ -228,7 +226,7 @@ def _has_room(tensor: torch.Tensor, numel: int) -> bool:
     return (tensor.storage_offset() + numel) * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
-def windows() -> dict[Key, Window | None]:
+def windows() -> dict[Shape, Window | None]:
     """What was decided in this process, by (N, K, dtype, has bias, weight is packed, GPU)."""
     return {key: made.window for key, made in _decisions.items()}
 

@@ -16,7 +16,7 @@ import torch
 
 from batch_invariant_ops import tiles
 from batch_invariant_ops.ops import specialised, vendor_gemm
-from batch_invariant_ops.ops.rows import row_step
+from batch_invariant_ops.ops.rows import on_device_of, row_step
 from batch_invariant_ops.proof import probe, same_bits
 from batch_invariant_ops.tiles import PLAIN, SPECIALISED, Tile, card
 
@@ -261,7 +261,7 @@ def _launch(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, tile: T
     c = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
     bias = None if bias is None else bias.contiguous()
     kernel, grid, operands, options = _call(a, b, bias, c, tile)
-    with torch.cuda.device(a.device) if a.is_cuda else _nothing():
+    with on_device_of(a):
         try:
             kernel[grid](*operands, **options)
         except Exception as error:  # whatever a compiler may raise
@@ -341,12 +341,6 @@ def _copies(tensor: torch.Tensor) -> bool:
 def _extent(tensor: torch.Tensor) -> int:
     """Elements between a tensor's first and last, plus one: what an offset into it must be able to hold."""
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-class _nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *exception: object) -> None: ...
 
 
 def _interpreted() -> bool:

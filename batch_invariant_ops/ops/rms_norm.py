@@ -145,22 +145,22 @@ def _run(
         out = empty(num_rows, length, x)
         total = empty(num_rows, length, x) if has_residual else out
         weight_or_any = out if weight is None else weight
-        shapes = _shapes(length, x.dtype)
+        constants = _constants(length, x.dtype)
         key = (
             x.get_device(), x.dtype, weight_or_any.dtype, length, has_residual, has_weight,
             steps[0] < 2**31, steps[1] < 2**31,
         )  # fmt: skip
         operands = (
-            rows, residual_rows, weight_or_any, out, total, *steps, length, eps, *shapes, has_residual, has_weight,
+            rows, residual_rows, weight_or_any, out, total, *steps, length, eps, *constants, has_residual, has_weight,
         )  # fmt: skip
-        _launch(key, (num_rows, 1, 1), operands, num_warps=num_warps(shapes[0]))
+        _launch(key, (num_rows, 1, 1), operands, num_warps=num_warps(constants[0]))
     if x.dim() != 2:
         return out.view(x.shape), total.view(x.shape)
     return out, total
 
 
 @functools.cache
-def _shapes(length: int, dtype: torch.dtype) -> tuple[int, bool, bool]:
+def _constants(length: int, dtype: torch.dtype) -> tuple[int, bool, bool]:
     """The kernel's BLOCK, ONE_BLOCK and ALIGNED."""
     block = block_size(length)
     return block, length <= block, is_aligned(length, dtype)

@@ -26,20 +26,19 @@ def table(found: Mapping[Point, Found], card: Card) -> Table:
     """
     by_shape: dict[tuple[int, int], dict[int, Costs]] = {}
     wins: dict[tuple[int, int], dict[int, bool]] = {}
+    kernels: dict[tuple[int, int], dict[int, int]] = {}
     for point, what in sorted(found.items(), key=lambda item: item[0]):
         costs = {tile: time / what.times[what.best] for tile, time in what.times.items()}
         by_shape.setdefault((point.n, point.k), {})[point.m] = costs
         won = what.over_vendor is not None and what.over_vendor <= WORTH
         wins.setdefault((point.n, point.k), {})[point.m] = won
+        kernels.setdefault((point.n, point.k), {})[point.m] = what.vendor_rank
     if not by_shape:
         raise ValueError("nothing was measured")
     shapes = {shape: bands(costs) for shape, costs in by_shape.items()}
     faster = {shape: ranges(won) for shape, won in wins.items()}
-    kernels: dict[tuple[int, int], dict[int, int]] = {}
-    for point, what in found.items():
-        kernels.setdefault((point.n, point.k), {})[point.m] = what.vendor_rank
-    of = {shape: ranks(by_rows) for shape, by_rows in kernels.items()}
-    return Table(card.capability, card.gpu, ((NO_LIMIT, SAFE),), shapes, faster, card.cublas, of)
+    fastest = {shape: ranks(by_rows) for shape, by_rows in kernels.items()}
+    return Table(card.capability, card.gpu, ((NO_LIMIT, SAFE),), shapes, faster, card.cublas, fastest)
 
 
 def ranges(won: Mapping[int, bool]) -> Ranges:

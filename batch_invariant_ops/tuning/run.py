@@ -113,7 +113,7 @@ class Run:
         rest = sum(map(weight, self.missing[number:]))
         left = max(0.0, deadline - self.clock())
         share = left * weight(point) / rest
-        first = list(dict.fromkeys([SAFE, *self._known(point)] if self.kept is None else self._new(point)))
+        first = list(dict.fromkeys(self._known(point)))
         tried = list(dict.fromkeys([*first, *self._new(point)]))
         told(number, point, 0, len(tried))
         # what is compiled for one point serves many, so the first may wait for more than its share
@@ -130,7 +130,14 @@ class Run:
         self.journal.add(point, replace(found, skipped=skipped, over_vendor=over_vendor, vendor_rank=rank))
 
     def _known(self, point: Point) -> Iterator[Tile]:
-        """The winners nearby: those of fewer rows, of other shapes, and of the table that was shipped."""
+        """The fixed tile and the winners nearby: those of fewer rows, of other shapes, and of the shipped table.
+
+        Of a table that is kept, its own tile alone.
+        """
+        if self.kept is not None:
+            yield self.kept.tile(point.m, point.n, point.k)
+            return
+        yield SAFE
         found = self.journal.found
         before = [m for n, k, m in ((p.n, p.k, p.m) for p in found) if (n, k) == (point.n, point.k) and m < point.m]
         if before:
@@ -143,7 +150,7 @@ class Run:
 
     def _new(self, point: Point) -> list[Tile]:
         if self.kept is not None:
-            return [self.kept.tile(point.m, point.n, point.k)]
+            return [*self._known(point)]
         return [SAFE, *candidates(point.m, point.n, point.k, self.bench.card)]
 
 
