@@ -45,7 +45,8 @@ class Tile:
     """How one program of the GEMM works.
 
     Attributes:
-        m, n, k: rows and columns of the output tile, and the step along K: powers of two.
+        m, n, k: rows and columns of the output tile, and the step along K: powers of two. The one of a specialised
+            tile's m and n that is not on wgmma's wide side may be the sum of two, as 192 or 80.
         warps, stages: Triton's ``num_warps`` and ``num_stages``.
         group: row tiles that share columns in L2 before the next columns come.
         swap: compute the tile's transpose, W·xᵀ, so that weights feed the wide side of the tensor core at small M.
@@ -66,22 +67,25 @@ class Tile:
     form: str = PLAIN
 
     def __post_init__(self) -> None:
+        if type(self.swap) is not bool:
+            raise ValueError(f"a tile's swap is {self.swap!r}: true or false is needed")
+        if self.form not in FORMS:
+            raise ValueError(f"a tile's form is {self.form!r}: one of {', '.join(FORMS)} is needed")
         special = self.form == SPECIALISED
         powers = {"m": (16, 256), "n": (16, 256), "k": (16, 256), "warps": (1, 16)}
         if special:
             powers |= {"m": (8, 256), "n": (8, 256), "k": (LINE, 512)}
         for name, (low, high) in powers.items():
-            value = getattr(self, name)
-            if type(value) is not int or not low <= value <= high or value & (value - 1):
-                raise ValueError(f"a tile's {name} is {value!r}: a power of two from {low} to {high} is needed")
+            value, bits, what = getattr(self, name), 1, "a power of two"
+            if special and name == ("m" if self.swap else "n"):
+                bits, what = 2, "a power of two, or a multiple of 8 that is the sum of two,"
+            whole = type(value) is int and low <= value <= high
+            if not whole or value.bit_count() > bits or (bits > 1 and value % 8):
+                raise ValueError(f"a tile's {name} is {value!r}: {what} from {low} to {high} is needed")
         for name, high in (("stages", 32 if special else 8), ("group", 1024)):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= high:
                 raise ValueError(f"a tile's {name} is {value!r}: a whole number from 1 to {high} is needed")
-        if type(self.swap) is not bool:
-            raise ValueError(f"a tile's swap is {self.swap!r}: true or false is needed")
-        if self.form not in FORMS:
-            raise ValueError(f"a tile's form is {self.form!r}: one of {', '.join(FORMS)} is needed")
         if special and (self.warps != self.fed // 16 or self.wide > 128 or self.stages < 2):
             raise ValueError(
                 f"a specialised tile of {self.wide} rows for wgmma has {self.warps} warps and {self.stages} stages: "
@@ -99,6 +103,12 @@ class Tile:
         return self.m if self.swap else self.n
 
     @property
+    def thin_parts(self) -> tuple[int, ...]:
+        """The power or the two powers of two that make :attr:`thin`, the larger first."""
+        larger = 1 << (self.thin.bit_length() - 1)
+        return (larger, self.thin - larger) if self.thin > larger else (larger,)
+
+    @property
     def fed(self) -> int:
         """Of a specialised tile: the rows that wgmma reads; beyond the tile's own, whatever lies there."""
         return max(WGMMA_ROWS, self.wide)
@@ -113,7 +123,7 @@ class Tile:
         """Of a specialised tile, the copying one that is most like it; else the tile itself."""
         if self.form != SPECIALISED:
             return self
-        thin, k = max(16, self.thin), min(256, self.k)
+        thin, k = max(16, 1 << (self.thin - 1).bit_length()), min(256, self.k)
         m, n = (thin, self.fed) if self.swap else (self.fed, thin)
         while 2 * (m + n) * k * 2 > GENERAL_BYTES:
             k //= 2

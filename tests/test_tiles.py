@@ -173,7 +173,10 @@ def test_a_tile_that_stays_counts_its_result_and_leaves_room_for_as_many_as_fit(
         ({"stages": 1}, "4 warps and 1 stages"),
         ({"stages": 33}, "a tile's stages is 33: a whole number from 1 to 32"),
         ({"k": 32}, "a tile's k is 32: a power of two from 64 to 512"),
-        ({"m": 4}, "a tile's m is 4: a power of two from 8 to 256"),
+        ({"m": 4}, "a tile's m is 4: a power of two, or a multiple of 8 that is the sum of two, from 8 to 256"),
+        ({"m": 20}, "a tile's m is 20: a power of two, or a multiple of 8"),
+        ({"m": 56}, "a tile's m is 56: a power of two, or a multiple of 8"),
+        ({"n": 48}, "a tile's n is 48: a power of two from 8 to 256"),
         ({"form": "copying"}, "a tile's m is 8: a power of two from 16 to 256"),
     ],
 )
@@ -184,8 +187,14 @@ def test_a_specialised_tile_has_bounds_of_its_own(changes, said):
         replace(narrow, **changes)
 
 
+@pytest.mark.parametrize("thin, parts", [(8, (8,)), (24, (16, 8)), (128, (128,)), (192, (128, 64))])
+def test_a_specialised_tiles_thin_side_is_made_of_one_or_two_powers_of_two(thin, parts):
+    tile = Tile(m=thin, n=64, k=64, warps=4, stages=2, swap=True, form=tiles.SPECIALISED)
+    assert tile.thin_parts == replace(tile, m=64, n=thin, swap=False).thin_parts == parts
+
+
 @pytest.mark.parametrize("swap", [False, True])
-@pytest.mark.parametrize("wide, thin, k", [(16, 8, 64), (64, 32, 128), (128, 256, 512)])
+@pytest.mark.parametrize("wide, thin, k", [(16, 8, 64), (64, 32, 128), (128, 192, 64), (128, 256, 512)])
 def test_a_specialised_tile_has_a_copying_one_for_where_it_does_not_serve(swap, wide, thin, k):
     m, n = (thin, wide) if swap else (wide, thin)
     tile = Tile(m, n, k, max(4, wide // 16), 2, swap=swap, form=tiles.SPECIALISED)

@@ -5,6 +5,10 @@ the time. Two things make it short. wgmma's step is shorter than mma.sync's, but
 copies no more than it needs, and lets wgmma read on into whatever lies behind it, for sums that nobody stores. And a
 copying warp with mbarriers of its own keeps so much in flight that the steps never wait for memory at a block's end.
 
+Tensors have powers of two as sizes. So that a tile can be as long as M is, or as wide as makes a tile for each
+multiprocessor, its thin side may be two of them, each with sums of its own: 192 rows are 128 and 64, 80 columns 64 and
+16.
+
 K ascends in one accumulator, in steps of 16, as in every other form: the bits are the same. Written in Gluon, Triton's
 lower language, of which releases differ; where it does not serve, the copying form runs. The scheme is that of
 CUTLASS's warp-specialised kernels (github.com/NVIDIA/cutlass, ``sm90_mma_tma_gmma_ss_warpspecialized.hpp``).
@@ -50,8 +54,8 @@ if gluon is not None:
 
     @gluon.jit
     def _copy(
-        wide_of, thin_of, wide, thin, full, empty, wide_at, thin_at, steps,
-        WIDE: gl.constexpr, THIN: gl.constexpr, LINES: gl.constexpr, STAGES: gl.constexpr,
+        wide_of, thin_of, more_of, wide, thin, more, full, empty, wide_at, thin_at, steps,
+        WIDE: gl.constexpr, THIN: gl.constexpr, MORE: gl.constexpr, LINES: gl.constexpr, STAGES: gl.constexpr,
     ):  # fmt: skip
         """The copying warp: block after block of both operands, each into the slot that was emptied first."""
         slot = 0
@@ -59,46 +63,23 @@ if gluon is not None:
         for step in range(steps):
             mbarrier.wait(empty.index(slot), phase)
             bar = full.index(slot)
-            mbarrier.expect(bar, LINES * 128 * (WIDE + THIN))
+            mbarrier.expect(bar, LINES * 128 * (WIDE + THIN + MORE))
             _load(wide_of, [step * LINES, wide_at, 0], bar, wide.index(slot))
             _load(thin_of, [step * LINES, thin_at, 0], bar, thin.index(slot))
+            if MORE:
+                _load(more_of, [step * LINES, thin_at + THIN, 0], bar, more.index(slot))
             slot += 1
             if slot == STAGES:
                 slot = 0
                 phase ^= 1
 
     @gluon.jit
-    def _multiply(
-        wide, thin, full, empty, bias_ptr, c_ptr, wide_at, thin_at, steps, M, N,
-        WIDE: gl.constexpr, FED: gl.constexpr, THIN: gl.constexpr, LINES: gl.constexpr, STAGES: gl.constexpr,
-        SWAP: gl.constexpr, HAS_BIAS: gl.constexpr, LAYOUT: gl.constexpr, WARPS: gl.constexpr,
+    def _store(
+        sums, bias_ptr, c_ptr, wide_at, thin_at, M, N,
+        WIDE: gl.constexpr, FED: gl.constexpr, THIN: gl.constexpr, SWAP: gl.constexpr, HAS_BIAS: gl.constexpr,
+        SUMS: gl.constexpr,
     ):  # fmt: skip
-        """The multiplying warps: a block's steps are all in flight before those of the block before are waited for."""
-        SUMS: gl.constexpr = gl.NVMMADistributedLayout(
-            version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, THIN, 16]
-        )
-        ELEMENT: gl.constexpr = c_ptr.dtype.element_ty
-        sums = gl.zeros((FED, THIN), gl.float32, SUMS)
-        slot = 0
-        phase = 0
-        before = 0
-        for step in range(steps):
-            mbarrier.wait(full.index(slot), phase)
-            wides = _view(wide.index(slot), ELEMENT, [LINES, WIDE, 64], LAYOUT)
-            thins = _view(thin.index(slot), ELEMENT, [LINES, THIN, 64], LAYOUT)
-            for line in gl.static_range(LINES):
-                a = wides.index(line)
-                if FED != WIDE:
-                    a = _view(a, ELEMENT, [FED, 64], LAYOUT)
-                sums = warpgroup_mma(a, thins.index(line).permute((1, 0)), sums, is_async=True)
-            sums = warpgroup_mma_wait(LINES, deps=[sums])
-            mbarrier.arrive(empty.index(before), count=1, pred=step > 0)
-            before = slot
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
-        sums = warpgroup_mma_wait(0, deps=[sums])
+        """What of the sums [FED, THIN] is the tile's, with the bias, rounded."""
         i = gl.arange(0, FED, gl.SliceLayout(1, SUMS))
         j = gl.arange(0, THIN, gl.SliceLayout(0, SUMS))
         if SWAP:
@@ -115,27 +96,87 @@ if gluon is not None:
                 sums += gl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(gl.float32)[None, :]
             at = c_ptr + columns[None, :] + rows.to(gl.int64)[:, None] * N
             inside = ((i < WIDE) & (rows < M))[:, None] & (columns < N)[None, :]
-        gl.store(at, sums.to(ELEMENT), mask=inside)
+        gl.store(at, sums.to(c_ptr.dtype.element_ty), mask=inside)
+
+    @gluon.jit
+    def _multiply(
+        wide, thin, more, full, empty, bias_ptr, c_ptr, wide_at, thin_at, steps, M, N,
+        WIDE: gl.constexpr, FED: gl.constexpr, THIN: gl.constexpr, MORE: gl.constexpr,
+        LINES: gl.constexpr, STAGES: gl.constexpr,
+        SWAP: gl.constexpr, HAS_BIAS: gl.constexpr, LAYOUT: gl.constexpr, WARPS: gl.constexpr,
+    ):  # fmt: skip
+        """The multiplying warps: a block's steps are all in flight before those of the block before are waited for."""
+        SUMS: gl.constexpr = gl.NVMMADistributedLayout(
+            version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, THIN, 16]
+        )
+        ELEMENT: gl.constexpr = c_ptr.dtype.element_ty
+        sums = gl.zeros((FED, THIN), gl.float32, SUMS)
+        if MORE:
+            MORE_SUMS: gl.constexpr = gl.NVMMADistributedLayout(
+                version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, MORE, 16]
+            )
+            more_sums = gl.zeros((FED, MORE), gl.float32, MORE_SUMS)
+        slot = 0
+        phase = 0
+        before = 0
+        for step in range(steps):
+            mbarrier.wait(full.index(slot), phase)
+            wides = _view(wide.index(slot), ELEMENT, [LINES, WIDE, 64], LAYOUT)
+            thins = _view(thin.index(slot), ELEMENT, [LINES, THIN, 64], LAYOUT)
+            if MORE:
+                mores = _view(more.index(slot), ELEMENT, [LINES, MORE, 64], LAYOUT)
+            for line in gl.static_range(LINES):
+                a = wides.index(line)
+                if FED != WIDE:
+                    a = _view(a, ELEMENT, [FED, 64], LAYOUT)
+                sums = warpgroup_mma(a, thins.index(line).permute((1, 0)), sums, is_async=True)
+                if MORE:
+                    more_sums = warpgroup_mma(a, mores.index(line).permute((1, 0)), more_sums, is_async=True)
+            if MORE:
+                sums, more_sums = warpgroup_mma_wait(2 * LINES, deps=[sums, more_sums])
+            else:
+                sums = warpgroup_mma_wait(LINES, deps=[sums])
+            mbarrier.arrive(empty.index(before), count=1, pred=step > 0)
+            before = slot
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                phase ^= 1
+        if MORE:
+            sums, more_sums = warpgroup_mma_wait(0, deps=[sums, more_sums])
+            _store(
+                more_sums, bias_ptr, c_ptr, wide_at, thin_at + THIN, M, N,
+                WIDE, FED, MORE, SWAP, HAS_BIAS, MORE_SUMS,
+            )  # fmt: skip
+        else:
+            sums = warpgroup_mma_wait(0, deps=[sums])
+        _store(sums, bias_ptr, c_ptr, wide_at, thin_at, M, N, WIDE, FED, THIN, SWAP, HAS_BIAS, SUMS)
 
     @gluon.jit(do_not_specialize=["M", "N", "steps", "wide_tiles"])
     def _specialised_kernel(
-        wide_of, thin_of, bias_ptr, c_ptr, M, N, steps, wide_tiles,
-        WIDE: gl.constexpr, FED: gl.constexpr, THIN: gl.constexpr, LINES: gl.constexpr, STAGES: gl.constexpr,
+        wide_of, thin_of, more_of, bias_ptr, c_ptr, M, N, steps, wide_tiles,
+        WIDE: gl.constexpr, FED: gl.constexpr, THIN: gl.constexpr, MORE: gl.constexpr,
+        LINES: gl.constexpr, STAGES: gl.constexpr,
         BEHIND: gl.constexpr, SWAP: gl.constexpr, HAS_BIAS: gl.constexpr, COPYING_WARP: gl.constexpr,
         num_warps: gl.constexpr,
     ):  # fmt: skip
         """c [M, N] = round(bias[n] + sum over k ascending of a[m, k]·w[n, k]); of the operands, one is wide_of.
 
-        A tile has WIDE of its rows, of which wgmma is fed FED, and THIN of the other's; a block along K has LINES times
-        64. Both operands are described as [K / 64, rows, 64], so that one copy brings a block with its lines apart, as
-        wgmma wants to have them. BEHIND slots are for what is read behind the last one.
+        A tile has WIDE of its rows, of which wgmma is fed FED, and THIN + MORE of the other's, MORE of which come by a
+        description of their own; a block along K has LINES times 64. All operands are described as [K / 64, rows, 64],
+        so that one copy brings a block with its lines apart, as wgmma wants to have them. BEHIND slots are for what is
+        read behind the last one.
         """
         LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
         ELEMENT: gl.constexpr = c_ptr.dtype.element_ty
         wide_at = (gl.program_id(0) % wide_tiles) * WIDE
-        thin_at = (gl.program_id(0) // wide_tiles) * THIN
+        thin_at = (gl.program_id(0) // wide_tiles) * (THIN + MORE)
         wide = gl.allocate_shared_memory(ELEMENT, [STAGES + BEHIND, LINES, WIDE, 64], wide_of.layout)
         thin = gl.allocate_shared_memory(ELEMENT, [STAGES, LINES, THIN, 64], thin_of.layout)
+        if MORE:
+            more = gl.allocate_shared_memory(ELEMENT, [STAGES, LINES, MORE, 64], more_of.layout)
+        else:
+            more = thin
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         for slot in gl.static_range(STAGES):
@@ -147,17 +188,17 @@ if gluon is not None:
             [
                 (
                     _multiply,
-                    (wide, thin, full, empty, bias_ptr, c_ptr, wide_at, thin_at, steps, M, N,
-                     WIDE, FED, THIN, LINES, STAGES, SWAP, HAS_BIAS, LAYOUT, num_warps),
+                    (wide, thin, more, full, empty, bias_ptr, c_ptr, wide_at, thin_at, steps, M, N,
+                     WIDE, FED, THIN, MORE, LINES, STAGES, SWAP, HAS_BIAS, LAYOUT, num_warps),
                 ),
-                (_copy, (wide_of, thin_of, wide, thin, full, empty, wide_at, thin_at, steps,
-                         WIDE, THIN, LINES, STAGES)),
+                (_copy, (wide_of, thin_of, more_of, wide, thin, more, full, empty, wide_at, thin_at, steps,
+                         WIDE, THIN, MORE, LINES, STAGES)),
             ],
             [1],
             [COPYING_WARP],
         )  # fmt: skip
 
-    KERNELS = (_copy, _multiply, _specialised_kernel)
+    KERNELS = (_copy, _store, _multiply, _specialised_kernel)
 
 
 def serves(tile: Tile, depth: int, capability: tuple[int, int]) -> bool:
@@ -172,19 +213,20 @@ def call(
     """The kernel, its grid, its arguments and its options for c [M, N] = x [M, K] · w [N, K]ᵀ + bias [N]."""
     wide, thin = (w, x) if tile.swap else (x, w)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+    larger, smaller = (*tile.thin_parts, 0)[:2]
     described = [
         Descriptor(
             t, [t.shape[1] // LINE, t.shape[0], LINE], [LINE, row_step(t), 1], [tile.k // LINE, height, LINE], layout
         )
-        for t, height in ((wide, tile.wide), (thin, tile.thin))
+        for t, height in ((wide, tile.wide), (thin, larger), (thin, smaller or larger))
     ]
     wide_tiles = -(-wide.shape[0] // tile.wide)
     programs = wide_tiles * -(-thin.shape[0] // tile.thin)
     operands = (*described, bias, c, *c.shape, -(-x.shape[1] // tile.k), wide_tiles)
     return _specialised_kernel, (programs, 1), operands, {
-        "WIDE": tile.wide, "FED": tile.fed, "THIN": tile.thin, "LINES": tile.k // LINE, "STAGES": tile.stages,
-        "BEHIND": tile.behind, "SWAP": tile.swap, "HAS_BIAS": bias is not None, "COPYING_WARP": COPYING_REGISTERS,
-        "num_warps": tile.warps,
+        "WIDE": tile.wide, "FED": tile.fed, "THIN": larger, "MORE": smaller, "LINES": tile.k // LINE,
+        "STAGES": tile.stages, "BEHIND": tile.behind, "SWAP": tile.swap, "HAS_BIAS": bias is not None,
+        "COPYING_WARP": COPYING_REGISTERS, "num_warps": tile.warps,
     }  # fmt: skip
 
 

@@ -17,10 +17,13 @@ ALIKE_PLAIN, ALIKE_COPYING = 2, 3
 """Instead, of one size, order and form, where there are several forms."""
 FEW_ROWS, COPYING_FEW = 64, 10
 """With fewer rows the weights are waited for, however they come: then so many of all candidates copy."""
-SPECIALISED_ROWS, SPECIALISED_FEW, FIRST = 512, 14, 12
-"""More rows give a specialised tile nothing to gain; with fewer, so many come after so many of the others."""
-SPECIALISED_BYTES_PER_CLOCK, CHAINED = 70, 24
-"""Of a warp that only copies; and clocks from one step of a sum to the next."""
+SPECIALISED_ROWS, SPECIALISED_WAVES, SPECIALISED_FEW, FIRST = 512, 2, 20, 12
+"""With more rows a specialised tile has something to gain in few waves alone; so many come after so many others."""
+SPECIALISED_THIN = tuple(size for size in range(8, 193, 8) if size.bit_count() <= 2)
+IN_FLIGHT = 8
+"""Groups of a block's wgmmas that are not waited for."""
+SPECIALISED_BYTES_PER_CLOCK, CHAINED, FEEDING = 70, 24, 16
+"""Of a warp that only copies; clocks from one step of a sum to the next, and those to read wgmma's 64 rows for one."""
 GROUPS = (4, 16)
 REGROUPED = 6
 ACCUMULATORS = 128
@@ -83,30 +86,39 @@ def candidates(m: int, n: int, k: int, card: Card, limit: int = LIMIT) -> list[T
             chosen.append(tile)
     several = [tile for tile in chosen if m >= 4 * tile.m]
     regrouped = [replace(tile, group=group) for tile in several[:REGROUPED] for group in GROUPS]
-    special = sorted(_specialised(m, n, k, card), key=lambda tile: (guess(tile, m, n, k, card), repr(tile)))
-    return chosen[:FIRST] + special[:SPECIALISED_FEW] + chosen[FIRST:] + regrouped
+    special: list[Tile] = []
+    for tile in sorted(_specialised(m, n, k, card), key=lambda tile: (guess(tile, m, n, k, card), repr(tile))):
+        size = (tile.m, tile.n, tile.swap, tile.form)
+        if len(special) < SPECIALISED_FEW and seen[size] < TWINS:
+            seen[size] += 1
+            special.append(tile)
+    return chosen[:FIRST] + special + chosen[FIRST:] + regrouped
 
 
 def _specialised(m: int, n: int, k: int, card: Card) -> list[Tile]:
     """Every specialised tile of a coarse grid that keeps enough blocks in flight."""
-    if card.capability[0] != 9 or m > SPECIALISED_ROWS or not matmul.copies(n, k) or k % LINE:
+    if card.capability[0] != 9 or not matmul.copies(n, k) or k % LINE:
         return []
     rows = max(8, 1 << (m - 1).bit_length())
+    enough = next((thin for thin in SPECIALISED_THIN if thin >= m), SPECIALISED_THIN[-1])
     found = []
-    sizes = itertools.product((16, 32, 64, 128), (8, 16, 32, 64), (128, 256, 512), (False, True))
-    for wide, thin, depth, swap in sizes:
+    for wide, thin, depth, swap in itertools.product(
+        (16, 32, 64, 128), SPECIALISED_THIN, (64, 128, 256, 512), (False, True)
+    ):
         height, width = (thin, wide) if swap else (wide, thin)
-        if (
-            depth > k
-            or height > max(rows, 16)
-            or (rows <= 64 and height < rows // 2)
-            or (wide < WGMMA_ROWS and not swap)
-        ):
+        if depth > k or height > (enough if swap else max(rows, 16)) or (rows <= 64 and height < rows // 2):
+            continue
+        programs = -(-m // height) * -(-n // width)
+        if m > SPECIALISED_ROWS and programs > SPECIALISED_WAVES * card.multiprocessors:
             continue
         bare = Tile(height, width, depth, max(4, wide // 16), 2, swap=swap, form=SPECIALISED)
-        stages = min(32, -(-k // depth), 2 + (card.shared_memory - bare.shared_memory()) // _slot(bare))
-        if stages > 2 and specialised.serves(bare, k, card.capability):
-            found.append(replace(bare, stages=stages))
+        if len(bare.thin_parts) * depth // LINE > IN_FLIGHT or not specialised.serves(bare, k, card.capability):
+            continue
+        for share in (1, 2) if programs > card.multiprocessors else (1,):
+            room = card.shared_memory // share - bare.shared_memory()
+            stages = min(32, -(-k // depth), 2 + room // _slot(bare))
+            if stages > 2:
+                found.append(replace(bare, stages=stages))
     return found
 
 
@@ -163,10 +175,14 @@ def guess(tile: Tile, m: int, n: int, k: int, card: Card) -> float:
     """
     programs = -(-m // tile.m) * -(-n // tile.n)
     if tile.form == SPECIALISED:
-        reads = (tile.m + tile.n) * tile.k * 2 / SPECIALISED_BYTES_PER_CLOCK
-        arithmetic = 2 * tile.fed * tile.thin * tile.k / TENSOR_CORES[9]
-        step = max(reads, arithmetic, tile.k / 16 * CHAINED) + STEP + LATENCY / tile.stages / 4
-        return -(-programs // card.multiprocessors) * (PROGRAM_START + -(-k // tile.k) * step)
+        share = card.shared_memory // tile.shared_memory()
+        resident = max(1, min(share, -(-programs // card.multiprocessors)))
+        reads = resident * (tile.m + tile.n) * tile.k * 2 / SPECIALISED_BYTES_PER_CLOCK
+        arithmetic = resident * 2 * tile.fed * tile.thin * tile.k / TENSOR_CORES[9]
+        fed = resident * tile.k / 16 * tile.fed / WGMMA_ROWS * (len(tile.thin_parts) * FEEDING + tile.thin / 4)
+        step = max(reads, arithmetic, fed, tile.k / 16 * CHAINED) + STEP + LATENCY / tile.stages / 4
+        waves = -(-programs // (card.multiprocessors * resident))
+        return waves * (PROGRAM_START + -(-k // tile.k) * step)
     shared = card.shared_memory // tile.shared_memory()
     registers = REGISTERS // (32 * tile.warps * min(255, tile.m * tile.n // (32 * tile.warps) + 56))
     resident = max(1, min(shared, registers, 48 // tile.warps))

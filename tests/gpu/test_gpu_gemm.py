@@ -36,6 +36,10 @@ SPECIALISED = [
     tiles.Tile(m=32, n=128, k=64, warps=8, stages=8, swap=True, form=tiles.SPECIALISED),
     tiles.Tile(m=64, n=32, k=128, warps=4, stages=8, form=tiles.SPECIALISED),
     tiles.Tile(m=128, n=64, k=128, warps=8, stages=4, form=tiles.SPECIALISED),
+    tiles.Tile(m=24, n=16, k=256, warps=4, stages=6, swap=True, form=tiles.SPECIALISED),
+    tiles.Tile(m=32, n=40, k=128, warps=4, stages=8, form=tiles.SPECIALISED),
+    tiles.Tile(m=128, n=80, k=64, warps=8, stages=5, form=tiles.SPECIALISED),
+    tiles.Tile(m=192, n=128, k=64, warps=8, stages=5, swap=True, form=tiles.SPECIALISED),
 ]
 
 

@@ -72,6 +72,8 @@ SPECIAL = [
     Tile(m=8, n=32, k=256, warps=4, stages=10, swap=True, form=SPECIALISED),
     Tile(m=64, n=32, k=128, warps=4, stages=9, form=SPECIALISED),
     Tile(m=32, n=128, k=64, warps=8, stages=8, swap=True, form=SPECIALISED),
+    Tile(m=32, n=40, k=128, warps=4, stages=8, form=SPECIALISED),
+    Tile(m=192, n=128, k=64, warps=8, stages=5, swap=True, form=SPECIALISED),
 ]
 needs_triton = pytest.mark.skipif(matmul.triton is None or sys.platform != "linux", reason="needs Triton")
 
