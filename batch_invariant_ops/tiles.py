@@ -171,7 +171,7 @@ FP32 = Tile(m=64, n=64, k=32, warps=4, stages=2)
 Bands = tuple[tuple[int, Tile], ...]
 Ranges = tuple[tuple[int, int], ...]
 Ranks = tuple[tuple[int, int], ...]
-"""(largest M, place in cuBLASLt's own order of its kernels), ascending."""
+"""(M that was measured, place of the fastest kernel in cuBLASLt's own order there), ascending."""
 
 
 @dataclass(frozen=True)
@@ -335,7 +335,7 @@ def content_of(table: Table, **about: Any) -> dict[str, Any]:
     """What :func:`parse` reads, with facts for people to read beside it."""
     shapes = [
         {"n": n, "k": k, "faster": _plain_ranges(table.faster.get((n, k), ())),
-         "vendor": [[_plain_limit(largest), rank] for largest, rank in table.ranks.get((n, k), ())],
+         "vendor": [list(pair) for pair in table.ranks.get((n, k), ())],
          "bands": _plain(bands)}
         for (n, k), bands in table.shapes.items()
     ]  # fmt: skip
@@ -367,9 +367,10 @@ def _ranges(content: Any) -> Ranges:
 
 
 def _ranks(content: Any) -> Ranks:
-    ranks = tuple((_limit(largest), rank) for largest, rank in content)
-    bounds = [largest for largest, _ in ranks]
-    if not all(type(number) is int and number >= 0 for pair in ranks for number in pair) or bounds != sorted({*bounds}):
+    ranks = tuple((num_rows, rank) for num_rows, rank in content)
+    measured = [num_rows for num_rows, _ in ranks]
+    whole = all(type(number) is int and number >= 0 for pair in ranks for number in pair)
+    if not whole or measured != sorted({*measured}):
         raise ValueError(f"the vendor's kernels are {list(content)}: pairs of whole numbers, ascending, are needed")
     return ranks
 

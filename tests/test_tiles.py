@@ -46,7 +46,7 @@ def test_a_shipped_table_is_sound_and_fits_its_card(path):
 
 
 NO_RANGES = [[[0, 4]], [[4, 2]], [[1, 4], [3, 8]], [[1, 4.5]], [[1]], [[1, None], [3, 4]], 5]
-NO_RANKS = [[[0, -1]], [[4, 0], [2, 1]], [[4, 0], [4, 1]], [[1, 1.5]], [[None, 0], [4, 1]], 5]
+NO_RANKS = [[[0, -1]], [[4, 0], [2, 1]], [[4, 0], [4, 1]], [[1, 1.5]], [[4, 1], [None, 0]], 5]
 
 
 @pytest.mark.parametrize(
@@ -257,9 +257,9 @@ def test_a_table_adds_its_shapes_to_its_base(gpu):
 def test_a_table_adds_its_vendors_kernels_to_its_bases_of_the_same_version(cublas, kept, tmp_path, monkeypatch):
     monkeypatch.setattr(tiles, "SHIPPED", tmp_path)
     base, own = content(cublas="130202"), content(cublas=cublas, base="nvidia-h100-80gb-hbm3")
-    base["shapes"][0] |= {"vendor": [[4, 1], [None, 0]]}
-    own["shapes"][0] |= {"n": 8, "vendor": [[None, 2]]}
+    base["shapes"][0] |= {"vendor": [[4, 1], [8, 0]]}
+    own["shapes"][0] |= {"n": 8, "vendor": [[8, 2]]}
     tiles.shipped("nvidia-h100-80gb-hbm3").write_text(json.dumps(base))
     table = tiles.read(keep(NAMELESS, json.dumps(own)))
-    theirs = {(48, 64): ((4, 1), (NO_LIMIT, 0))} if kept else {}
-    assert table.ranks == theirs | {(8, 64): ((NO_LIMIT, 2),)} and table.cublas == cublas
+    theirs = {(48, 64): ((4, 1), (8, 0))} if kept else {}
+    assert table.ranks == theirs | {(8, 64): ((8, 2),)} and table.cublas == cublas

@@ -34,6 +34,10 @@ USERS_OF_THE_SEAM = (
     "vllm.model_executor.layers.layernorm",
     "vllm.model_executor.layers.vocab_parallel_embedding",
 )
+VLLMS_LARGEST_GRAPH = 512
+GRAPHS = (*range(576, 1280, 64), *range(1280, 2049, 128))
+"""Tokens of a step."""
+FAST_CARD_BYTES = 64 * 2**30
 REQUIRED_ENVIRONMENT = {"VLLM_BATCH_INVARIANT": "1", "VLLM_CPU_ATTN_SPLIT_KV": "0"}
 
 logger = logging.getLogger("batch_invariant_ops")
@@ -106,7 +110,7 @@ def _patch_envs(envs: ModuleType) -> None:
 
 
 def _patch_config(config: ModuleType) -> None:
-    """Leave torch.compile on where vLLM 0.32 turns it off, and choose an attention backend where the user did not.
+    """Leave torch.compile on where vLLM 0.32 turns it off; choose attention and CUDA graphs where the user did not.
 
     vLLM turns it off so that its kernels' tiles can be chosen by M. Ours are chosen inside an opaque operation, which
     compiled code reaches with the M of the run.
@@ -121,6 +125,16 @@ def _patch_config(config: ModuleType) -> None:
         finish(self)
 
     config.VllmConfig.__post_init__ = choose_attention_and_finish
+    set_sizes = config.VllmConfig._set_cudagraph_sizes
+
+    def set_sizes_and_more(self: Any) -> None:
+        compilation = self.compilation_config
+        asked = (compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size) != (None, None)
+        set_sizes(self)
+        if not asked:
+            _capture_prompts(self)
+
+    config.VllmConfig._set_cudagraph_sizes = set_sizes_and_more
 
 
 def _choose_attention(config: Any) -> None:
@@ -137,6 +151,28 @@ def _choose_attention(config: Any) -> None:
     if why:
         logger.info("attention by %s: %s", name, why)
     chosen.backend = AttentionBackendEnum[name]
+
+
+def _capture_prompts(config: Any) -> None:
+    """Have CUDA graphs also for the steps of middling prompts, unless the user chose sizes.
+
+    vLLM's reach to 512 tokens. A step that no graph launches takes the host of an H100 or H200 longer than the GPU, up
+    to some 1000 tokens, and through our operations up to 2000. Cards that are slower, or have little memory to spare,
+    are left as they are.
+    """
+    from vllm.platforms import current_platform
+
+    compilation = config.compilation_config
+    sizes = compilation.cudagraph_capture_sizes
+    if not sizes or sizes[-1] < VLLMS_LARGEST_GRAPH or compilation.cudagraph_mode.mixed_mode().name != "PIECEWISE":
+        return
+    capability = current_platform.get_device_capability()
+    if capability is None or capability.major < 9 or current_platform.get_device_total_memory() < FAST_CARD_BYTES:
+        return
+    more = [size for size in GRAPHS if sizes[-1] < size <= config.scheduler_config.max_num_batched_tokens]
+    compilation.cudagraph_capture_sizes = [*sizes, *more]
+    compilation.max_cudagraph_capture_size = compilation.cudagraph_capture_sizes[-1]
+    compilation.post_init_cudagraph_sizes()
 
 
 def _patch_seam(seam: ModuleType) -> None:
@@ -316,6 +352,8 @@ def _refuse(what: list[str]) -> None:
 
 def _check(config: Any, device: Any, model: Any) -> None:
     """Prove the model's own linear layers, check every operation, tell the result, and stop if it does not hold."""
+    import torch
+
     from batch_invariant_ops import selfcheck, status
     from batch_invariant_ops.integrations import fingerprint
     from batch_invariant_ops.ops import linear as linear_op
@@ -329,6 +367,8 @@ def _check(config: Any, device: Any, model: Any) -> None:
     model_config = config.model_config
     shape = selfcheck.Shape(model_config.get_hidden_size(), model_config.get_vocab_size(), model_config.dtype)
     report = selfcheck.run(device, shape)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # of the proofs' operands and results
     numerics = fingerprint.of_worker(config, device, model)
     found = {"version": __version__, "vllm": _release(), "device": report.device, "ok": report.ok}
     status.write(found | {"numerics": numerics})

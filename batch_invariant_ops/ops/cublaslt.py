@@ -5,7 +5,8 @@ launch takes, and was most of the time of a step that no graph launches. So the 
 here past torch, through ctypes. Names and numbers are those of NVIDIA's ``cublasLt.h``, alike from CUDA 11 to 13.
 
 cuBLASLt answers with several kernels, the one that it deems the fastest first. Which of them is was measured for the
-shapes and M of a card's table (:mod:`batch_invariant_ops.tiles`), and that one runs.
+shapes and M of a card's table (:mod:`batch_invariant_ops.tiles`), and that one runs there, and shortly below. Its place
+among the others is another at another M, so that there it is the kernel that counts, not the place.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ EXACT, STEP = 512, 64
 """More than EXACT rows get the kernel of the next multiple of STEP, which has as many tiles, whatever their size."""
 KERNELS = 8
 """That are asked for; there may be fewer."""
+NEAR = 0.75
+"""Of a measured M, from which on up to it the kernel that was the fastest there is taken, if cuBLASLt lists it."""
 PLANS = 16384
 """Kept at a time, about a kilobyte each; a start makes some 700 for each shape of its model."""
 
@@ -105,7 +108,7 @@ def version() -> str:
 
 
 def ranks(n: int, k: int, dtype: torch.dtype, device: torch.device) -> tiles.Ranks:
-    """Which of the kernels runs, by M, as far as a table says."""
+    """The places of the fastest kernels, by M, as far as a table says."""
     return tiles.ranks(n, k, dtype, *tiles.card(device), version())
 
 
@@ -136,6 +139,18 @@ def kernel(shape: Shape, num_rows: int) -> bytes:
         NoKernel: see there.
     """
     return bytes(_plan(shape, num_rows, None).algorithm.data)
+
+
+def near(measured: tiles.Ranks, num_rows: int) -> tuple[int, int]:
+    """The measured M that is no less than a number of rows, and near, with its kernel's place; else these, and 0.
+
+    >>> near(((32, 1), (64, 0), (96, 2)), 30), near(((32, 1),), 23), near(((32, 1),), 33)
+    ((32, 1), (23, 0), (33, 0))
+    """
+    for m, place in measured:
+        if num_rows <= m:
+            return (m, place) if num_rows >= NEAR * m else (num_rows, 0)
+    return num_rows, 0
 
 
 class _Plan:
@@ -182,30 +197,42 @@ class _Plan:
         if rank is not None:
             return self._kernel(rank)
         n, k, dtype, *_ = shape
-        by_table = ranks(n, k, dtype, torch.device("cuda", self.index))
+        measured, place = near(ranks(n, k, dtype, torch.device("cuda", self.index)), self.num_rows)
+        if place == 0:
+            return self._kernel(0)
         try:
-            return self._kernel(next((rank for largest, rank in by_table if self.num_rows <= largest), 0))
+            if measured == self.num_rows:
+                return self._kernel(place)
+            fastest = bytes(_plan(shape, measured, place).algorithm.data)
         except NoKernel:  # it was measured for operands of another type, or without a bias
             return self._kernel(0)
+        listed = self._kernels(KERNELS)
+        return next((one for one in listed if bytes(one.data) == fastest), listed[0])
 
     def _kernel(self, rank: int) -> _Algorithm:
         """The one at that place in cuBLASLt's order."""
+        kernels = self._kernels(rank + 1)
+        if len(kernels) <= rank:
+            raise NoKernel(f"cuBLASLt has {len(kernels)} kernels without workspace for {self.num_rows} rows")
+        return kernels[rank]
+
+    def _kernels(self, most: int) -> list[_Algorithm]:
+        """The first of them in cuBLASLt's order, at least one."""
         preference = _create("MatmulPreference")
         try:
             workspace, schemes = ctypes.c_uint64(0), ctypes.c_uint32(_REDUCTION_SCHEME_NONE)
             _set("MatmulPreference", preference, _PREF_MAX_WORKSPACE_BYTES, workspace)
             _set("MatmulPreference", preference, _PREF_REDUCTION_SCHEME_MASK, schemes)
-            found, count = (_Algorithm * (rank + 1))(), ctypes.c_int()
+            found, count = (_Algorithm * most)(), ctypes.c_int()
             status = library().cublasLtMatmulAlgoGetHeuristic(
-                *self._problem(), preference, rank + 1, found, ctypes.byref(count)
+                *self._problem(), preference, most, found, ctypes.byref(count)
             )
         finally:
             library().cublasLtMatmulPreferenceDestroy(preference)
         kernels = [kernel for kernel in found[: count.value] if kernel.state == 0]
-        if status or len(kernels) <= rank:
-            what = "no kernel" if status or not kernels else f"{len(kernels)} kernels"
-            raise NoKernel(f"cuBLASLt has {what} without workspace for {self.num_rows} rows")
-        return kernels[rank]
+        if status or not kernels:
+            raise NoKernel(f"cuBLASLt has no kernel without workspace for {self.num_rows} rows")
+        return kernels
 
     def _problem(self) -> tuple[int, ...]:
         result = self.result.address

@@ -37,7 +37,7 @@ def table(found: Mapping[Point, Found], card: Card) -> Table:
         raise ValueError("nothing was measured")
     shapes = {shape: bands(costs) for shape, costs in by_shape.items()}
     faster = {shape: ranges(won) for shape, won in wins.items()}
-    fastest = {shape: ranks(by_rows) for shape, by_rows in kernels.items()}
+    fastest: dict[tuple[int, int], Ranks] = {shape: (*by_rows.items(),) for shape, by_rows in kernels.items()}
     return Table(card.capability, card.gpu, ((NO_LIMIT, SAFE),), shapes, faster, card.cublas, fastest)
 
 
@@ -56,20 +56,6 @@ def ranges(won: Mapping[int, bool]) -> Ranges:
     if found and found[-1][1] == before:
         found.append((found.pop()[0], NO_LIMIT))
     return tuple(found)
-
-
-def ranks(kernels: Mapping[int, int]) -> Ranks:
-    """(largest M, the vendor's kernel) of each measured M's, neighbours merged; those beyond the last as the last.
-
-    >>> ranks({1: 0, 2: 3, 4: 3, 8: 0})
-    ((1, 0), (4, 3), (4611686018427387904, 0))
-    """
-    found: list[tuple[int, int]] = []
-    for m in sorted(kernels):
-        if found and found[-1][1] == kernels[m]:
-            found.pop()
-        found.append((m, kernels[m]))
-    return (*found[:-1], (NO_LIMIT, found[-1][1]))
 
 
 def bands(costs: Mapping[int, Costs]) -> Bands:

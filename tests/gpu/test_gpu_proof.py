@@ -60,9 +60,9 @@ class TestCublaslt:
         bias = values(case.n, dtype=case.dtype, seed=2) if case.has_bias else None
         b = w.t() if case.weight_is_packed else w.t().contiguous()
         asked = []
-        kernel = cublaslt._Plan._kernel
+        kernels = cublaslt._Plan._kernels
         monkeypatch.setattr(
-            cublaslt._Plan, "_kernel", lambda plan, rank: asked.append(plan.num_rows) or kernel(plan, rank)
+            cublaslt._Plan, "_kernels", lambda plan, most: asked.append(plan.num_rows) or kernels(plan, most)
         )
         cublaslt._plan.cache_clear()
         expected = matmul.gemm(x, b, bias)
@@ -108,6 +108,20 @@ class TestCublaslt:
         monkeypatch.setattr(tiles, "ranks", lambda *of: ((96, 1000),))
         cublaslt._plan.cache_clear()
         assert same_bits(cublaslt.gemm(x, w.t(), None), first) and asked == [2, 1000, 1000, 0]
+        cublaslt._plan.cache_clear()
+
+    def test_shortly_below_a_measured_m_its_kernel_runs_if_it_is_listed(self, monkeypatch, values):
+        shape = (6144, 4096, torch.bfloat16, False, True, 0)
+        for measured in (96, 1024):
+            monkeypatch.setattr(tiles, "ranks", lambda *of, measured=measured: ((measured, 2),))
+            cublaslt._plan.cache_clear()
+            fastest = cublaslt.kernel(shape, measured)
+            assert fastest == bytes(cublaslt._plan(shape, measured, 2).algorithm.data)
+            for num_rows in (measured * 3 // 4, measured - 8, measured // 2):
+                rounded = num_rows if num_rows <= 512 else -(-num_rows // 64) * 64
+                listed = [bytes(one.data) for one in cublaslt._plan(shape, rounded, 0)._kernels(cublaslt.KERNELS)]
+                near = rounded >= cublaslt.NEAR * measured and fastest in listed
+                assert cublaslt.kernel(shape, num_rows) == (fastest if near else listed[0]), num_rows
         cublaslt._plan.cache_clear()
 
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

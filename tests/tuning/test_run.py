@@ -159,7 +159,8 @@ def test_a_table_survives_being_written_and_is_chosen(run):
     assert tiles.faster(*SHAPES[0], torch.float32, H100.gpu, (9, 0)) == ()
     assert tiles.faster(8, 8, torch.bfloat16, H100.gpu, (9, 0)) == ()
     asked = *SHAPES[0], torch.bfloat16, H100.gpu, (9, 0)
-    assert tiles.ranks(*asked, "130202") == ((4, 0), (8, 1), (NO_LIMIT, 0)) == table.ranks[SHAPES[0]]
+    measured = tuple((m, int(m == 8)) for m in SIZES if m <= 64)
+    assert tiles.ranks(*asked, "130202") == measured == table.ranks[SHAPES[0]]
     assert tiles.ranks(*asked, "130300") == ()
     assert tiles.ranks(*SHAPES[0], torch.float32, H100.gpu, (9, 0), "130202") == ()
 
