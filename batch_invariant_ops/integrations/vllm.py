@@ -37,7 +37,8 @@ USERS_OF_THE_SEAM = (
 VLLMS_LARGEST_GRAPH = 512
 GRAPHS = (*range(576, 1280, 64), *range(1280, 2049, 128))
 """Tokens of a step."""
-FAST_CARD_BYTES = 64 * 2**30
+BLOCK, BLOCKS_IN_MEMORY = 16, 16
+"""Tokens of a block of KV cache; and how often as much memory as is tried with must be there."""
 REQUIRED_ENVIRONMENT = {"VLLM_BATCH_INVARIANT": "1", "VLLM_CPU_ATTN_SPLIT_KV": "0"}
 
 logger = logging.getLogger("batch_invariant_ops")
@@ -157,8 +158,8 @@ def _capture_prompts(config: Any) -> None:
     """Have CUDA graphs also for the steps of middling prompts, unless the user chose sizes.
 
     vLLM's reach to 512 tokens. A step that no graph launches takes the host of an H100 or H200 longer than the GPU, up
-    to some 1000 tokens, and through our operations up to 2000. Cards that are slower, or have little memory to spare,
-    are left as they are.
+    to some 1000 tokens, and through our operations up to 2000. Cards that are slower are left as they are, and those on
+    which memory is short: vLLM 0.19.1 tries its graphs with a block of KV cache for each token of the largest.
     """
     from vllm.platforms import current_platform
 
@@ -167,7 +168,12 @@ def _capture_prompts(config: Any) -> None:
     if not sizes or sizes[-1] < VLLMS_LARGEST_GRAPH or compilation.cudagraph_mode.mixed_mode().name != "PIECEWISE":
         return
     capability = current_platform.get_device_capability()
-    if capability is None or capability.major < 9 or current_platform.get_device_total_memory() < FAST_CARD_BYTES:
+    if capability is None or capability.major < 9:
+        return
+    model, parallel = config.model_config, config.parallel_config
+    heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
+    blocks = 2 * heads * model.get_head_size() * model.dtype.itemsize * BLOCK * GRAPHS[-1]
+    if current_platform.get_device_total_memory() < BLOCKS_IN_MEMORY * blocks:
         return
     more = [size for size in GRAPHS if sizes[-1] < size <= config.scheduler_config.max_num_batched_tokens]
     compilation.cudagraph_capture_sizes = [*sizes, *more]

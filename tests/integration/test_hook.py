@@ -122,12 +122,17 @@ def test_compilation_stays_on_where_vllms_own_mode_would_give_it_up(switch):
 
 GRAPHS = """
 from types import SimpleNamespace as Is
+import torch
 from vllm.config.compilation import CompilationConfig, CUDAGraphMode
 from vllm.config.vllm import VllmConfig
 platforms.current_platform.get_device_total_memory = lambda: {gib} * 2**30
 asked = dict(cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE) | {asked}
 config = Is(
-    model_config=Is(enforce_eager=False), compilation_config=CompilationConfig(**asked), speculative_config=None,
+    model_config=Is(
+        enforce_eager=False, dtype=torch.bfloat16, get_num_layers=lambda parallel: {layers},
+        get_num_kv_heads=lambda parallel: 8, get_head_size=lambda: 128,
+    ),
+    compilation_config=CompilationConfig(**asked), speculative_config=None,
     scheduler_config=Is(max_num_seqs={seqs}, max_num_batched_tokens={tokens}), uniform_decode_query_len=1,
     parallel_config=Is(tensor_parallel_size=1), performance_mode="balanced", num_speculative_tokens=0,
 )
@@ -145,6 +150,8 @@ print(config.compilation_config.max_cudagraph_capture_size, len(sizes), sizes[-2
         ({"tokens": 1000}, "960 58 [896, 960]"),
         ({"switch": "0"}, "512 51 [496, 512]"),
         ({"gib": 24}, "512 51 [496, 512]"),
+        ({"layers": 64}, "512 51 [496, 512]"),
+        ({"layers": 64, "gib": 141}, "2048 69 [1920, 2048]"),
         ({"seqs": 16}, "32 7 [24, 32]"),
         ({"asked": "dict(cudagraph_capture_sizes=[8, 512])"}, "512 2 [8, 512]"),
         ({"asked": "dict(max_cudagraph_capture_size=512)"}, "512 51 [496, 512]"),
@@ -153,7 +160,7 @@ print(config.compilation_config.max_cudagraph_capture_size, len(sizes), sizes[-2
     ids=str,
 )
 def test_a_fast_card_has_graphs_for_the_steps_of_prompts_unless_the_user_chose_sizes(changed, expected):
-    given = {"gib": 80, "seqs": 1024, "tokens": 8192, "asked": "{}", "switch": "1"} | changed
+    given = {"gib": 80, "layers": 32, "seqs": 1024, "tokens": 8192, "asked": "{}", "switch": "1"} | changed
     switch = given.pop("switch")
     done = python(CARD + "say_that_a_card_is_there()\n" + GRAPHS.format(**given), BATCH_INVARIANT=switch)
     assert done.stdout.splitlines()[-1:] == [expected], done.stderr
