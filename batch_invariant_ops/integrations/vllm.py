@@ -302,6 +302,21 @@ def _patch_flash_attention(backend: ModuleType) -> None:
         setattr(backend, name, flash_attention.with_one_step(getattr(backend, name)))
 
 
+def _patch_cpu_attention(backend: ModuleType) -> None:
+    """Have a CPU attend row by row."""
+    builder = backend.CPUAttentionMetadataBuilder
+    build = builder.build
+
+    def build_by_rows(self: Any, common_prefix_len: int, common_attn_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+        from batch_invariant_ops.integrations import cpu_attention
+
+        if not (self.is_cross_attention or getattr(self, "is_encoder_only_attention", False)):
+            common_attn_metadata = cpu_attention.by_rows(common_attn_metadata)
+        return build(self, common_prefix_len, common_attn_metadata, *args, **kwargs)
+
+    builder.build = build_by_rows
+
+
 def _patch_input_batch(input_batch: ModuleType) -> None:
     """Let a seeded request's prompt be computed in pieces on a CPU, where that stops the engine."""
     create = input_batch.InputBatch.__init__
@@ -498,6 +513,7 @@ _PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "vllm.v1.sample.sampler": _patch_alternatives,
     "vllm.v1.worker.gpu.sample.logprob": _patch_alternatives,
     "vllm.v1.attention.backends.flash_attn": _patch_flash_attention,
+    "vllm.v1.attention.backends.cpu_attn": _patch_cpu_attention,
     "vllm.v1.worker.gpu_input_batch": _patch_input_batch,
     "vllm.v1.worker.gpu_worker": _patch_worker,
     "vllm.v1.metrics.prometheus": _patch_metrics,
