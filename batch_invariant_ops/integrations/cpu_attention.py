@@ -18,13 +18,13 @@ def by_rows(metadata: Any) -> Any:
     """vLLM's ``CommonAttentionMetadata`` with a request for each row; causal attention alone can be told so.
 
     Args:
-        metadata: requests by ``query_start_loc`` [requests + 1], ``seq_lens`` [requests] and ``block_table_tensor``
-            [requests, blocks].
+        metadata: requests of at most ``max_query_len`` rows each, by ``query_start_loc`` [requests + 1], ``seq_lens``
+            [requests] and ``block_table_tensor`` [requests, blocks].
     """
+    if metadata.causal is not True or metadata.max_query_len <= 1:
+        return metadata
     starts, num_requests = metadata.query_start_loc, metadata.num_reqs
     counts = starts[: num_requests + 1].diff()
-    if metadata.causal is not True or not len(counts) or int(counts.max()) <= 1:
-        return metadata
     of = torch.repeat_interleave(torch.arange(num_requests), counts)
     first_seen = metadata.seq_lens[:num_requests] - counts + 1
     place = torch.arange(len(of)) - starts[:num_requests][of]

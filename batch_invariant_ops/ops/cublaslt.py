@@ -198,10 +198,8 @@ class _Plan:
             return self._kernel(rank)
         n, k, dtype, *_ = shape
         measured, place = near(ranks(n, k, dtype, torch.device("cuda", self.index)), self.num_rows)
-        if place == 0:
-            return self._kernel(0)
         try:
-            if measured == self.num_rows:
+            if measured == self.num_rows or place == 0:
                 return self._kernel(place)
             fastest = bytes(_plan(shape, measured, place).algorithm.data)
         except NoKernel:  # it was measured for operands of another type, or without a bias

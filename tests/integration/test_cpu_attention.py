@@ -53,7 +53,6 @@ def test_what_is_so_already_or_not_causal_stays(as_it_is):
 
 PIECES = """
 import random, sys, torch
-from types import SimpleNamespace as Is
 sys.path.insert(0, {tests!r})
 from test_cpu_attention import of, by_rows
 import vllm._custom_ops as ops
