@@ -18,7 +18,10 @@ from batch_invariant_ops.integrations import unproven
 from batch_invariant_ops.proof import same_bits
 
 LENGTH = 777
-"""Tokens of the sequence that is compared: several of the longest steps along the keys that a kernel takes."""
+"""Tokens that are compared from the first on: several of the longest steps along the keys that a kernel takes."""
+LONG, END = 5000, 100
+"""Tokens of the whole sequence, and how many of its last are compared: more than a batch has, as those of a long prompt
+that is computed in pieces."""
 ANSWERS = (1, 65, 130, 200, 333, 500, 640, LENGTH)
 """After how many tokens of it the last is computed by itself, as a token of an answer is."""
 BESIDE = (5, 64, 129, 555, 1030)
@@ -78,7 +81,9 @@ class Verdict:
 Batch = list[Request]
 
 
-def batches(longest: int, most_rows: int, most_requests: int, window: int | None) -> dict[str, list[Batch]]:
+def batches(
+    longest: int, most_rows: int, most_requests: int, window: int | None, room: int = LONG
+) -> dict[str, list[Batch]]:
     """By what they are like: batches around one sequence, which they compute in whole or in part.
 
     Args:
@@ -86,8 +91,13 @@ def batches(longest: int, most_rows: int, most_requests: int, window: int | None
         most_rows: that a batch may have.
         most_requests: that a batch may have.
         window: how many tokens a query sees, or None for all.
+        room: tokens that the KV cache has.
+
+    Returns:
+        The batches by name; those that are "alone" compute every row that others are compared in.
     """
-    length = min(LENGTH, longest, most_rows)
+    length, long = min(LENGTH, longest, most_rows, room), min(LONG, longest, room)
+    end = long - min(END, most_rows)
     contexts = [min(context, longest) for context in (*BESIDE, *([window + 65] if window else ()))]
     beside = [Request(context - 1, context) for context in contexts]
     last = [Request(stop - 1, stop, True) for stop in sorted({min(stop, length) for stop in ANSWERS})]
@@ -103,6 +113,10 @@ def batches(longest: int, most_rows: int, most_requests: int, window: int | None
         "as a piece of a prompt beside answers": [[*beside, piece]],
         "as a prompt beside all": [[Request(0, min(70, longest)), *beside, whole]],
     }
+    if end >= length:
+        rest, answer = Request((end + long) // 2, long, True), Request(long - 1, long, True)
+        made["alone"].append([Request(end, long, True)])
+        made["after a long prompt"] = [[rest], [*beside, rest], [answer], [*beside, answer]]
     return {name: [fitting(one, most_rows, most_requests) for one in several] for name, several in made.items()}
 
 
@@ -214,7 +228,8 @@ def tried(config: Any, runner: Any, metadata: Any) -> Iterator[Verdict]:
             kind = (group.backend.get_name(), layer.head_size, layer.num_heads, layer.num_kv_heads, window)
             if kind not in seen:
                 seen.add(kind)
-                yield _try(config, builder, layer, window, described(*kind), metadata)
+                num_blocks = runner.kv_cache_config.num_blocks
+                yield _try(config, builder, layer, window, described(*kind), metadata, num_blocks)
 
 
 def described(backend: str, head_size: int, heads: int, kv_heads: int, window: int | None) -> str:
@@ -222,15 +237,19 @@ def described(backend: str, head_size: int, heads: int, kv_heads: int, window: i
     return f"{backend} with {heads} heads of {head_size} over {kv_heads}{seen}"
 
 
-def _try(config: Any, builder: Any, layer: Any, window: int | None, kind: str, metadata: Any) -> Verdict:
+def _try(
+    config: Any, builder: Any, layer: Any, window: int | None, kind: str, metadata: Any, num_blocks: int
+) -> Verdict:
     begin = time.perf_counter()
     limits = config.scheduler_config
     longest = config.model_config.max_model_len
-    made = batches(longest, limits.max_num_batched_tokens, limits.max_num_seqs, window)
-    ((whole,),) = made["alone"]
     page, dtype = builder.kv_cache_spec.block_size, config.model_config.dtype
-    sequence = Sequence(layer, page, whole.stop, dtype, metadata)
-    reference, _ = sequence.attend(builder, [whole])
+    made = batches(longest, limits.max_num_batched_tokens, limits.max_num_seqs, window, num_blocks * page)
+    sequence = Sequence(layer, page, max(one.stop for (one,) in made["alone"]), dtype, metadata)
+    reference = torch.empty_like(sequence.query)
+    for requests in made["alone"]:
+        rows, which = sequence.attend(builder, requests)
+        reference[which.start : which.stop] = rows
 
     def differs(requests: Batch) -> bool:
         rows, which = sequence.attend(builder, requests)
