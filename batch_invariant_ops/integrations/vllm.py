@@ -35,8 +35,6 @@ USERS_OF_THE_SEAM = (
     "vllm.model_executor.layers.vocab_parallel_embedding",
 )
 VLLMS_LARGEST_GRAPH = 512
-GRAPHS = (*range(576, 1280, 64), *range(1280, 2049, 128))
-"""Tokens of a step."""
 BLOCK, BLOCKS_IN_MEMORY = 16, 16
 """Tokens of a block of KV cache; and how often as much memory as is tried with must be there."""
 REQUIRED_ENVIRONMENT = {"VLLM_BATCH_INVARIANT": "1", "VLLM_CPU_ATTN_SPLIT_KV": "0"}
@@ -163,6 +161,8 @@ def _capture_prompts(config: Any) -> None:
     """
     from vllm.platforms import current_platform
 
+    from batch_invariant_ops.tiles import STEPS
+
     compilation = config.compilation_config
     sizes = compilation.cudagraph_capture_sizes
     if not sizes or sizes[-1] < VLLMS_LARGEST_GRAPH or compilation.cudagraph_mode.mixed_mode().name != "PIECEWISE":
@@ -172,10 +172,10 @@ def _capture_prompts(config: Any) -> None:
         return
     model, parallel = config.model_config, config.parallel_config
     heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
-    blocks = 2 * heads * model.get_head_size() * model.dtype.itemsize * BLOCK * GRAPHS[-1]
+    blocks = 2 * heads * model.get_head_size() * model.dtype.itemsize * BLOCK * STEPS[-1]
     if current_platform.get_device_total_memory() < BLOCKS_IN_MEMORY * blocks:
         return
-    more = [size for size in GRAPHS if sizes[-1] < size <= config.scheduler_config.max_num_batched_tokens]
+    more = [size for size in STEPS if sizes[-1] < size <= config.scheduler_config.max_num_batched_tokens]
     compilation.cudagraph_capture_sizes = [*sizes, *more]
     compilation.max_cudagraph_capture_size = compilation.cudagraph_capture_sizes[-1]
     compilation.post_init_cudagraph_sizes()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from batch_invariant_ops import tiles
@@ -23,9 +23,9 @@ FIRST_RUNG = 0.7
 """Of a point's time, for the first measurement of its tiles."""
 
 
-def sizes(n: int, largest: int) -> list[int]:
+def sizes(n: int, largest: int, asked: Iterable[int] = SIZES) -> list[int]:
     """The numbers of rows that are measured for a shape, none so large that its result is out of all proportion."""
-    return [m for m in SIZES if m == 1 or (m <= largest and m * n <= LARGEST_OUTPUT)]
+    return [m for m in asked if m == 1 or (m <= largest and m * n <= LARGEST_OUTPUT)]
 
 
 class Run:
@@ -37,7 +37,8 @@ class Run:
         shapes: (N, K) of each.
         largest: M up to which is measured.
         seconds: that it may take, about: with less time fewer tiles are tried, but each point is measured.
-        kept: a table whose tiles are the only ones that are tried, to see what of it and of the vendor's is faster.
+        kept: a table whose tiles are the only ones that are tried, to see what of it and of the vendor's is faster;
+            that takes so little that it is asked for the steps of prompts, too.
 
     Attributes:
         points: all that were asked for.
@@ -50,7 +51,7 @@ class Run:
     ) -> None:  # fmt: skip
         self.kept = kept
         self.bench, self.journal, self.largest, self.seconds, self.clock = bench, journal, largest, seconds, clock
-        self.points = [Point(n, k, m) for n, k in dict.fromkeys(shapes) for m in sizes(n, largest)]
+        self.points = [Point(n, k, m) for n, k in dict.fromkeys(shapes) for m in self._sizes(n)]
         self.missing = [point for point in self.points if point not in journal.found]
         bench.unfit |= journal.unfit
         bench.avoid = journal.avoid
@@ -94,7 +95,10 @@ class Run:
 
     def _whole(self, n: int, k: int) -> bool:
         asked = any((point.n, point.k) == (n, k) for point in self.points)
-        return asked or all(Point(n, k, m) in self.journal.found for m in sizes(n, self.largest))
+        return asked or all(Point(n, k, m) in self.journal.found for m in self._sizes(n))
+
+    def _sizes(self, n: int) -> list[int]:
+        return sizes(n, self.largest, SIZES if self.kept is None else sorted({*SIZES, *tiles.STEPS}))
 
     def _fitting(self, points: list[Point], said: Callable[[str], None]) -> list[Point]:
         """The points, ascending by M, up to the largest M for which there is memory."""
