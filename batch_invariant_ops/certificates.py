@@ -30,7 +30,7 @@ from batch_invariant_ops.reduction import CONTRACT_VERSION
 from batch_invariant_ops.vendor import WORKSPACES
 
 logger = logging.getLogger(__name__)
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)

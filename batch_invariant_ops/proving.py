@@ -79,11 +79,15 @@ def _sizes(case: Case, device: torch.device, above: int = 0) -> list[int]:
     index = torch.cuda.current_device() if device.index is None else device.index
     shape = (case.n, case.k, case.dtype, case.has_bias, case.weight_is_packed, index)
     seen = {None, *(vendor_gemm.kernel(shape, size) for size in sizes)}
-    more = []
-    for size in range(above - above % cublaslt.STEP + cublaslt.STEP, sizes[-1], cublaslt.STEP):
-        if (kernel := vendor_gemm.kernel(shape, size)) not in seen:
-            seen.add(kernel)
-            more.append(size)
+    more, asked = [], cublaslt.rounded(above + 1)
+    while asked < sizes[-1]:
+        # the one before is odd, for which many kernels do not serve
+        for size in (asked - 1, asked):
+            if size > above and (kernel := vendor_gemm.kernel(shape, size)) not in seen:
+                seen.add(kernel)
+                more.append(size)
+        asked = cublaslt.rounded(asked + 1)
+    cublaslt.restrict(shape, above, {kernel for kernel in seen if kernel})
     return sorted({*sizes, *more})
 
 

@@ -67,7 +67,7 @@ def damaged(content, **changes):
         (lambda text: text[:50], "JSONDecodeError"),
         (lambda text: "[]", "TypeError"),
         (lambda text: "null", "TypeError"),
-        (lambda text: damaged(text, format=99), "another format: 99, not 2"),
+        (lambda text: damaged(text, format=99), "another format: 99, not 3"),
         (lambda text: damaged(text, machine={"device": "NVIDIA H100"}), "another machine"),
         (lambda text: damaged(text, case={}), "another case"),
         (lambda text: damaged(text, largest="many"), "'many' is not a number of rows"),

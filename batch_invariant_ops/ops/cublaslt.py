@@ -15,6 +15,7 @@ import ctypes
 import functools
 import logging
 import threading
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ from batch_invariant_ops.ops.rows import on_device_of
 
 logger = logging.getLogger(__name__)
 
-EXACT, STEP = 512, 64
-"""More than EXACT rows get the kernel of the next multiple of STEP, which has as many tiles, whatever their size."""
+STEPS = ((512, 1), (2048, 32), (tiles.NO_LIMIT, 64))
+"""(largest M, step): so many rows get the kernel of the next multiple of so many, whose tiles are hardly more."""
 KERNELS = 8
 """That are asked for; there may be fewer."""
 NEAR = 0.75
@@ -141,6 +142,25 @@ def kernel(shape: Shape, num_rows: int) -> bytes:
     return bytes(_plan(shape, num_rows, None).algorithm.data)
 
 
+def rounded(num_rows: int) -> int:
+    """The number of rows, no less, that is asked for.
+
+    >>> rounded(512), rounded(513), rounded(2048), rounded(2049)
+    (512, 544, 2048, 2112)
+    """
+    step = next(step for largest, step in STEPS if num_rows <= largest)
+    return -(-num_rows // step) * step
+
+
+def restrict(shape: Shape, above: int, kernels: Collection[bytes]) -> None:
+    """Have numbers of rows beyond ``above`` that the kernel of their :func:`rounded` does not serve run one of these.
+
+    Where cuBLASLt lists none of them there is no kernel. Nothing else is restricted: these numbers are too many to be
+    looked at one by one when a server starts.
+    """
+    _allowed[shape] = above, frozenset(kernels)
+
+
 def near(measured: tiles.Ranks, num_rows: int) -> tuple[int, int]:
     """The measured M that is no less than a number of rows, and near, with its kernel's place; else these, and 0.
 
@@ -188,9 +208,9 @@ class _Plan:
         return y
 
     def _algorithm(self, shape: Shape, rank: int | None) -> _Algorithm:
-        rounded = -(-self.num_rows // STEP) * STEP
-        if self.num_rows > EXACT and self.num_rows != rounded:
-            found, checked = _plan(shape, rounded, rank).algorithm, _Algorithm()
+        next_asked = rounded(self.num_rows)
+        if next_asked != self.num_rows:
+            found, checked = _plan(shape, next_asked, rank).algorithm, _Algorithm()
             status = library().cublasLtMatmulAlgoCheck(*self._problem(), ctypes.byref(found), ctypes.byref(checked))
             if status == 0 and checked.workspace == 0:
                 return found
@@ -198,13 +218,17 @@ class _Plan:
             return self._kernel(rank)
         n, k, dtype, *_ = shape
         measured, place = near(ranks(n, k, dtype, torch.device("cuda", self.index)), self.num_rows)
-        try:
-            if measured == self.num_rows or place == 0:
+        if next_asked == self.num_rows and (measured == self.num_rows or place == 0):
+            try:
                 return self._kernel(place)
-            fastest = bytes(_plan(shape, measured, place).algorithm.data)
-        except NoKernel:  # it was measured for operands of another type, or without a bias
-            return self._kernel(0)
+            except NoKernel:  # it was measured for operands of another type, or without a bias
+                return self._kernel(0)
         listed = self._kernels(KERNELS)
+        if next_asked != self.num_rows and shape in _allowed and self.num_rows > _allowed[shape][0]:
+            listed = [one for one in listed if bytes(one.data) in _allowed[shape][1]]
+            if not listed:
+                raise NoKernel(f"cuBLASLt lists no kernel that was proven for {self.num_rows} rows")
+        fastest = bytes(_plan(shape, measured, None).algorithm.data) if place else None
         return next((one for one in listed if bytes(one.data) == fastest), listed[0])
 
     def _kernel(self, rank: int) -> _Algorithm:
@@ -238,6 +262,7 @@ class _Plan:
 
 
 _plan = functools.lru_cache(maxsize=PLANS)(_Plan)
+_allowed: dict[Shape, tuple[int, frozenset[bytes]]] = {}
 
 
 class _Layout:

@@ -69,7 +69,7 @@ class TestCublaslt:
         for num_rows in (1, 512, 513, 520, 576, 577, 1, 512, 600, 1100):
             y = cublaslt.gemm(x[:num_rows], b, bias)
             assert torch.allclose(y.float(), expected[:num_rows].float(), atol=1e-2 * float(expected.float().std()))
-        assert [rows for rows in asked if rows <= 512 or rows % 64 == 0] == [1, 512, 576, 640, 1152]
+        assert [rows for rows in asked if cublaslt.rounded(rows) == rows] == [1, 512, 544, 576, 608, 1120]
 
     def test_biases_of_two_threads_do_not_mix(self, values):
         x, w = values(64, 256, dtype=torch.bfloat16), values(320, 256, dtype=torch.bfloat16, seed=1)
@@ -118,7 +118,7 @@ class TestCublaslt:
             fastest = cublaslt.kernel(shape, measured)
             assert fastest == bytes(cublaslt._plan(shape, measured, 2).algorithm.data)
             for num_rows in (measured * 3 // 4, measured - 8, measured // 2):
-                rounded = num_rows if num_rows <= 512 else -(-num_rows // 64) * 64
+                rounded = cublaslt.rounded(num_rows)
                 listed = [bytes(one.data) for one in cublaslt._plan(shape, rounded, 0)._kernels(cublaslt.KERNELS)]
                 near = rounded >= cublaslt.NEAR * measured and fastest in listed
                 assert cublaslt.kernel(shape, num_rows) == (fastest if near else listed[0]), num_rows
