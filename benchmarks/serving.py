@@ -9,7 +9,7 @@ of all kernels of one more call under torch's profiler, which also says which ke
     python3 benchmarks/serving.py --model .demo/llama-8b-8layers
 
 writes to benchmarks/results/ a line a call (serving-RELEASE.csv), each call's kernels (serving-RELEASE-kernels.csv) and
-the ratios to plain vLLM, by release (serving.json, in which other releases and workloads stay).
+the ratios to plain vLLM, by release (serving.json, in which other releases, workloads and systems stay).
 """
 
 import argparse
@@ -31,12 +31,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PLAIN, OWN, KIT = "plain", "vllm-own-mode", "kit"
 MODE = {"VLLM_BATCH_INVARIANT": "1"}
 ATTENTION = "FLASH_ATTN"
-"""The backend of all systems, unless another is asked for."""
+"""The backend of all systems but those that name their own, unless another is asked for."""
 ENVIRONMENTS = {
     PLAIN: {},
     OWN: MODE,
     KIT: MODE | {"BATCH_INVARIANT": "1", "CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "1"},
 }
+KIT_BY = {f"{KIT}-triton": "TRITON_ATTN", f"{KIT}-flex": "FLEX_ATTENTION"}
+"""Asked for by name: this kit with an attention backend of its own."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,9 @@ class Worker:
 
     def __init__(self, name: str, log: Path) -> None:
         drop = {key for environment in ENVIRONMENTS.values() for key in environment}
-        env = {key: value for key, value in os.environ.items() if key not in drop} | ENVIRONMENTS[name]
-        path = [str(ROOT / "vllm"), str(ROOT)] if name == KIT else []
+        system = KIT if name in KIT_BY else name
+        env = {key: value for key, value in os.environ.items() if key not in drop} | ENVIRONMENTS[system]
+        path = [str(ROOT / "vllm"), str(ROOT)] if system == KIT else []
         env["PYTHONPATH"] = os.pathsep.join([*path, *filter(None, [env.get("PYTHONPATH")])])
         # the profiler sees the kernels of its own process alone
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -273,11 +276,20 @@ def record(folder: Path, name: str, versions: dict[str, Any], found) -> list[dic
 
 
 def add_to(path: Path, versions: dict[str, Any], starts: dict, workloads: dict) -> None:
-    """Put a run's figures into the summary, in the place of those of the same release and workloads."""
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    release = content.setdefault("releases", {}).setdefault(versions["vllm"], {})
-    release |= versions | {"start": starts, "workloads": release.get("workloads", {}) | workloads}
-    text = json.dumps({"ratio_to": PLAIN, "releases": content["releases"]}, indent=2)
+    """Put a run's figures into the summary, in the place of those of the same release, workloads and systems.
+
+    Figures of a release with another number of layers give way.
+    """
+    releases = json.loads(path.read_text(encoding="utf-8"))["releases"] if path.is_file() else {}
+    before = releases.get(versions["vllm"], {})
+    if before.get("layers") != versions["layers"]:
+        before = {}
+    found = before.get("workloads", {})
+    releases[versions["vllm"]] = versions | {
+        "start": before.get("start", {}) | starts,
+        "workloads": found | {name: found.get(name, {}) | systems for name, systems in workloads.items()},
+    }
+    text = json.dumps({"ratio_to": PLAIN, "releases": releases}, indent=2)
     path.write_text(text + "\n", encoding="utf-8")
 
 
@@ -288,10 +300,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="the folder to write to")
     parser.add_argument("--name", default="serving", help="what the CSV's name begins with (default: %(default)s)")
     parser.add_argument("--workloads", nargs="+", choices=ALL, default=list(WORKLOADS))
-    parser.add_argument("--systems", nargs="+", choices=ENVIRONMENTS, default=list(ENVIRONMENTS))
+    parser.add_argument("--systems", nargs="+", choices=[*ENVIRONMENTS, *KIT_BY], default=list(ENVIRONMENTS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--max-model-len", type=int, help="(default: what the workloads need)")
-    parser.add_argument("--attention-backend", default=ATTENTION, help="of all systems (default: %(default)s)")
+    parser.add_argument(
+        "--attention-backend", default=ATTENTION, help="of systems that name none (default: %(default)s)"
+    )
     parser.add_argument("--kv-cache-gib", type=float, default=6.0, help="of each system (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.worker:
@@ -314,7 +328,8 @@ def main() -> None:
     workers = [Worker(name, arguments.out / f"serving-{name}.log") for name in arguments.systems]
     try:
         for one in workers:
-            one.send(do="start", arguments=engine)
+            own = {"attention_backend": KIT_BY[one.name]} if one.name in KIT_BY else {}
+            one.send(do="start", arguments=engine | own)
         answers = {one.name: one.receive() for one in workers}
         versions = answers[PLAIN][0]
         starts = {name: start for name, (_, start) in answers.items()}

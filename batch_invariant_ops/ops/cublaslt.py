@@ -26,7 +26,7 @@ from batch_invariant_ops.ops.rows import on_device_of
 
 logger = logging.getLogger(__name__)
 
-STEPS = ((512, 1), (2048, 32), (tiles.NO_LIMIT, 64))
+ROUNDING = ((512, 1), (2048, 32), (tiles.NO_LIMIT, 64))
 """(largest M, step): so many rows get the kernel of the next multiple of so many, whose tiles are hardly more."""
 KERNELS = 8
 """That are asked for; there may be fewer."""
@@ -148,7 +148,7 @@ def rounded(num_rows: int) -> int:
     >>> rounded(512), rounded(513), rounded(2048), rounded(2049)
     (512, 544, 2048, 2112)
     """
-    step = next(step for largest, step in STEPS if num_rows <= largest)
+    step = next(step for largest, step in ROUNDING if num_rows <= largest)
     return -(-num_rows // step) * step
 
 
