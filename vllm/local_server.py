@@ -6,7 +6,6 @@ also where the first of them is gone already.
 
 import contextlib
 import ctypes
-import http.client
 import os
 import shutil
 import signal
@@ -17,6 +16,8 @@ import sysconfig
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from healthcheck import healthy
 
 PATIENCE = 20.0  # seconds between a polite end and a kill
 LOOK_AGAIN = 0.25  # seconds
@@ -147,17 +148,6 @@ class Programs(contextlib.AbstractContextManager):
             signal.signal(number, handler)
 
 
-def healthy(port: int) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
-
-
 def wait_until_ready(servers: Mapping[Program, int], seconds: float, tell: Callable[[str], None]) -> dict[str, float]:
     """Wait for /health of each server's port; the seconds that each took, by name.
 
@@ -174,7 +164,7 @@ def wait_until_ready(servers: Mapping[Program, int], seconds: float, tell: Calla
             elif time.monotonic() - begin > seconds:
                 reason = f"{server.name}: the server was not ready within {seconds:.0f} s"
             else:
-                if server.name not in ready and healthy(port):
+                if server.name not in ready and healthy("127.0.0.1", port, seconds=5):
                     ready[server.name] = time.monotonic() - begin
                     tell(f"{server.name}: ready after {ready[server.name]:.0f} s")
                 continue

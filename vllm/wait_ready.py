@@ -5,27 +5,16 @@ Exit status: 0 when it is ready, 1 when it is not in time or its container ended
 """
 
 import argparse
-import http.client
 import shutil
 import subprocess
 import sys
 import time
 from urllib.parse import urlsplit
 
+from healthcheck import healthy
+
 SECONDS_BETWEEN = 2.0
 STARTS = 3  # a container that ended this often while somebody waited does not get ready
-
-
-def healthy(url: str) -> bool:
-    parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "127.0.0.1", parts.port or 80, timeout=5)
-    try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
 
 
 def docker(*arguments: str) -> str:
@@ -72,10 +61,10 @@ class Line:
 
 def wait(url: str, container: str, seconds: float) -> str | None:
     """Wait until the server is ready: None; otherwise the sentence that says why it is not."""
-    begin, line = time.monotonic(), Line()
+    begin, line, parts = time.monotonic(), Line(), urlsplit(url)
     _, restarts_before, _ = look_at(container)
     try:
-        while not healthy(url):
+        while not healthy(parts.hostname or "127.0.0.1", parts.port or 80, seconds=5):
             waited = time.monotonic() - begin
             state, restarts, last = look_at(container)
             if state in ("exited", "dead"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from batch_invariant_ops.ops import matmul
+from batch_invariant_ops.ops import matmul, opaque
 
 
 def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -36,9 +36,7 @@ def _backward(ctx, dc: torch.Tensor):
     return bmm(dc, b.mT), bmm(a.mT, dc)
 
 
-_library = torch.library.Library("batch_invariant_ops", "FRAGMENT")
-_library.define("bmm(Tensor a, Tensor b) -> Tensor")
-_library.impl("bmm", _bmm, "CUDA")
-_library.impl("bmm", _bmm, "CPU")
-torch.library.register_fake("batch_invariant_ops::bmm", _fake, lib=_library)
-torch.library.register_autograd("batch_invariant_ops::bmm", _backward, setup_context=_save, lib=_library)
+opaque.define(
+    "bmm(Tensor a, Tensor b) -> Tensor",
+    gpu=_bmm, cpu=_bmm, fake=_fake, save=_save, backward=_backward,
+)  # fmt: skip

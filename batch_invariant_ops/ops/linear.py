@@ -16,7 +16,7 @@ import torch
 from batch_invariant_ops import proving, tiles
 from batch_invariant_ops.certificates import Case
 from batch_invariant_ops.ops import matmul as own
-from batch_invariant_ops.ops import vendor_gemm
+from batch_invariant_ops.ops import opaque, vendor_gemm
 from batch_invariant_ops.ops.cublaslt import NoKernel, Shape
 from batch_invariant_ops.proof import Window
 
@@ -267,9 +267,7 @@ def _backward(ctx, dy: torch.Tensor):
 
 # b rather than w: compiled code hands on a view as a plain tensor, but a parameter as its own class, which vLLM's
 # is slow to ask
-_library = torch.library.Library("batch_invariant_ops", "FRAGMENT")
-_library.define("gemm(Tensor x, Tensor b, Tensor? bias) -> Tensor")
-_library.impl("gemm", _on_gpu, "CUDA")
-_library.impl("gemm", _on_cpu, "CPU")
-torch.library.register_fake("batch_invariant_ops::gemm", _fake, lib=_library)
-torch.library.register_autograd("batch_invariant_ops::gemm", _backward, setup_context=_save, lib=_library)
+opaque.define(
+    "gemm(Tensor x, Tensor b, Tensor? bias) -> Tensor",
+    gpu=_on_gpu, cpu=_on_cpu, fake=_fake, save=_save, backward=_backward,
+)  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from batch_invariant_ops.ops import opaque
 from batch_invariant_ops.ops.rows import as_rows, check_dtype, is_aligned, on_device_of, uses_triton
 from batch_invariant_ops.reduction import block_size, num_warps, tree_sum
 
@@ -119,7 +120,7 @@ def check_dim(x: torch.Tensor, dim: int) -> int:
     return dim % bound
 
 
-def fake(x: torch.Tensor, dim: int, dtype: torch.dtype | None) -> torch.Tensor:
+def fake(x: torch.Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Shape and type of :func:`run`'s result."""
     return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
 
@@ -128,11 +129,8 @@ def _log_softmax(x: torch.Tensor, dim: int = -1, dtype: torch.dtype | None = Non
     return run(x, dim, dtype, log=True)
 
 
-def _fake(x: torch.Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> torch.Tensor:
-    return fake(x, dim, dtype)
-
-
-def _save(ctx, inputs, output) -> None:
+def save(ctx, inputs, output) -> None:
+    """What a backward pass needs: the output, not the input."""
     x, ctx.dim, _ = inputs
     ctx.dtype = x.dtype
     ctx.save_for_backward(output)
@@ -148,9 +146,7 @@ def _backward(ctx, dy: torch.Tensor):
     return dx.movedim(-1, ctx.dim).to(ctx.dtype), None, None
 
 
-_library = torch.library.Library("batch_invariant_ops", "FRAGMENT")
-_library.define("log_softmax(Tensor x, int dim=-1, ScalarType? dtype=None) -> Tensor")
-_library.impl("log_softmax", _log_softmax, "CUDA")
-_library.impl("log_softmax", _log_softmax, "CPU")
-torch.library.register_fake("batch_invariant_ops::log_softmax", _fake, lib=_library)
-torch.library.register_autograd("batch_invariant_ops::log_softmax", _backward, setup_context=_save, lib=_library)
+opaque.define(
+    "log_softmax(Tensor x, int dim=-1, ScalarType? dtype=None) -> Tensor",
+    gpu=_log_softmax, cpu=_log_softmax, fake=fake, save=save, backward=_backward,
+)  # fmt: skip

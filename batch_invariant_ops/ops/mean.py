@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from batch_invariant_ops.ops import opaque
 from batch_invariant_ops.ops.log_softmax import check_dim
 from batch_invariant_ops.ops.rows import as_rows, check_dtype, is_aligned, on_device_of, split_dims, uses_triton
 from batch_invariant_ops.reduction import block_size, num_warps, tree_sum
@@ -127,9 +128,7 @@ def _backward(ctx, dy: torch.Tensor):
     return (dy / n).expand(ctx.shape).to(ctx.dtype), None, None, None
 
 
-_library = torch.library.Library("batch_invariant_ops", "FRAGMENT")
-_library.define("mean(Tensor x, int[] dim, bool keepdim=False, ScalarType? dtype=None) -> Tensor")
-_library.impl("mean", _mean, "CUDA")
-_library.impl("mean", _mean, "CPU")
-torch.library.register_fake("batch_invariant_ops::mean", _fake, lib=_library)
-torch.library.register_autograd("batch_invariant_ops::mean", _backward, setup_context=_save, lib=_library)
+opaque.define(
+    "mean(Tensor x, int[] dim, bool keepdim=False, ScalarType? dtype=None) -> Tensor",
+    gpu=_mean, cpu=_mean, fake=_fake, save=_save, backward=_backward,
+)  # fmt: skip

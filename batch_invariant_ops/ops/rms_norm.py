@@ -6,6 +6,7 @@ import functools
 
 import torch
 
+from batch_invariant_ops.ops import opaque
 from batch_invariant_ops.ops.launching import Launcher, empty
 from batch_invariant_ops.ops.rows import ALIGNMENT, as_rows, check_dtype, is_aligned, on_device_of, uses_triton
 from batch_invariant_ops.reduction import block_size, num_warps, tree_sum
@@ -236,15 +237,11 @@ def _backward_fused(ctx, dy: torch.Tensor, dsum: torch.Tensor):
     return dx, dx.clone(), dw, None
 
 
-_library = torch.library.Library("batch_invariant_ops", "FRAGMENT")
-_library.define("rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor")
-_library.define("fused_add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps) -> (Tensor, Tensor)")
-for _key in ("CUDA", "CPU"):
-    _library.impl("rms_norm", _rms_norm, _key)
-    _library.impl("fused_add_rms_norm", _fused_add_rms_norm, _key)
-torch.library.register_fake("batch_invariant_ops::rms_norm", _fake, lib=_library)
-torch.library.register_fake("batch_invariant_ops::fused_add_rms_norm", _fake_fused, lib=_library)
-torch.library.register_autograd("batch_invariant_ops::rms_norm", _backward, setup_context=_save, lib=_library)
-torch.library.register_autograd(
-    "batch_invariant_ops::fused_add_rms_norm", _backward_fused, setup_context=_save_fused, lib=_library
-)
+opaque.define(
+    "rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor",
+    gpu=_rms_norm, cpu=_rms_norm, fake=_fake, save=_save, backward=_backward,
+)  # fmt: skip
+opaque.define(
+    "fused_add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps) -> (Tensor, Tensor)",
+    gpu=_fused_add_rms_norm, cpu=_fused_add_rms_norm, fake=_fake_fused, save=_save_fused, backward=_backward_fused,
+)  # fmt: skip

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from batch_invariant_ops.ops.log_softmax import fake, run
+from batch_invariant_ops.ops import opaque
+from batch_invariant_ops.ops.log_softmax import fake, run, save
 from batch_invariant_ops.reduction import tree_sum
 
 
@@ -29,16 +30,6 @@ def _softmax(x: torch.Tensor, dim: int = -1, dtype: torch.dtype | None = None) -
     return run(x, dim, dtype, log=False)
 
 
-def _fake(x: torch.Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> torch.Tensor:
-    return fake(x, dim, dtype)
-
-
-def _save(ctx, inputs, output) -> None:
-    x, ctx.dim, _ = inputs
-    ctx.dtype = x.dtype
-    ctx.save_for_backward(output)
-
-
 def _backward(ctx, dy: torch.Tensor):
     """dx = y·(dy - Σ dy·y)."""
     (y,) = ctx.saved_tensors
@@ -49,9 +40,7 @@ def _backward(ctx, dy: torch.Tensor):
     return dx.movedim(-1, ctx.dim).to(ctx.dtype), None, None
 
 
-_library = torch.library.Library("batch_invariant_ops", "FRAGMENT")
-_library.define("softmax(Tensor x, int dim=-1, ScalarType? dtype=None) -> Tensor")
-_library.impl("softmax", _softmax, "CUDA")
-_library.impl("softmax", _softmax, "CPU")
-torch.library.register_fake("batch_invariant_ops::softmax", _fake, lib=_library)
-torch.library.register_autograd("batch_invariant_ops::softmax", _backward, setup_context=_save, lib=_library)
+opaque.define(
+    "softmax(Tensor x, int dim=-1, ScalarType? dtype=None) -> Tensor",
+    gpu=_softmax, cpu=_softmax, fake=fake, save=save, backward=_backward,
+)  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from batch_invariant_ops.ops import opaque
 from batch_invariant_ops.ops.rows import as_rows, check_dtype, on_device_of, uses_triton
 
 try:
@@ -160,9 +161,7 @@ def _backward(ctx, dy: torch.Tensor, _):
     return dy.new_zeros(ctx.shape).scatter(-1, places, dy), None
 
 
-_library = torch.library.Library("batch_invariant_ops", "FRAGMENT")
-_library.define("topk(Tensor x, int k) -> (Tensor, Tensor)")
-_library.impl("topk", _topk, "CUDA")
-_library.impl("topk", _topk, "CPU")
-torch.library.register_fake("batch_invariant_ops::topk", _fake, lib=_library)
-torch.library.register_autograd("batch_invariant_ops::topk", _backward, setup_context=_save, lib=_library)
+opaque.define(
+    "topk(Tensor x, int k) -> (Tensor, Tensor)",
+    gpu=_topk, cpu=_topk, fake=_fake, save=_save, backward=_backward,
+)  # fmt: skip

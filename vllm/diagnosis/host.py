@@ -1,7 +1,6 @@
 """The host around the container: the published port, who may reach it, and shared memory."""
 
 import errno
-import http.client
 import ipaddress
 import os
 import socket
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from diagnosis.finding import Finding, failure, gib, ok, warning
 from diagnosis.settings import Settings
+from healthcheck import healthy
 
 
 def check_port(settings: Settings) -> Finding:
@@ -27,22 +27,11 @@ def check_port(settings: Settings) -> Finding:
                 )
             if error.errno == errno.EACCES:
                 return failure("Port", f"{where} needs privileges that this user lacks", "VLLM_PORT=8000")
-    if answers_health(settings):
+    if healthy(loopback_of(settings.bind), settings.port, seconds=2):
         return ok("Port", f"{where} is taken by a server that answers /health: one is already running")
     return failure(
         "Port", f"{where} is taken by another program", f"VLLM_PORT={settings.port + 1}, or stop that program"
     )
-
-
-def answers_health(settings: Settings) -> bool:
-    connection = http.client.HTTPConnection(loopback_of(settings.bind), settings.port, timeout=2)
-    try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
 
 
 def loopback_of(bind: str) -> str:
