@@ -7,6 +7,7 @@ import torch
 
 import batch_invariant_ops
 from batch_invariant_ops import selfcheck, status
+from batch_invariant_ops.ops import linear
 
 X = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
 
@@ -34,11 +35,44 @@ def test_this_device_passes(shape):
     assert report.ok and set(report.passed) == {"softmax", "log_softmax", "topk"}, report
 
 
-@pytest.mark.parametrize("name", selfcheck.of_a_gpu(X[:7], X[0, :7], X[0]))
+@pytest.mark.parametrize("name", selfcheck.of_a_gpu(X[:7], X[7:16], X[0, :9], X[0]))
 def test_what_a_gpu_is_checked_for_keeps_its_bits_on_a_cpu_in_the_mode(name):
-    operation = selfcheck.of_a_gpu(X[:7], X[0, :7], X[0])[name]
+    operation = selfcheck.of_a_gpu(X[:7], X[7:16], X[0, :9], X[0])[name]
     with batch_invariant_ops.set_batch_invariant_mode():
         assert len(operation(X)) == len(X) and selfcheck.keeps_bits(operation, X)
+
+
+class TestWeights:
+    """Those of products have a shape that the model has proven, where there is one."""
+
+    SHAPE = selfcheck.Shape(64, 1000, torch.bfloat16)
+
+    @pytest.fixture
+    def proven(self, monkeypatch):
+        def make(*keys):
+            monkeypatch.setattr(linear, "_decisions", {(*key, 0): linear.Decision(None) for key in keys})
+
+        return make
+
+    def biased(self):
+        return selfcheck.random_biased(self.SHAPE, lambda *sizes: torch.zeros(*sizes, dtype=torch.bfloat16))
+
+    def test_the_narrowest_over_the_models_rows(self, proven):
+        proven(
+            (640, 64, torch.bfloat16, False, True), (96, 64, torch.bfloat16, False, True),
+            (8, 64, torch.bfloat16, False, False), (8, 128, torch.bfloat16, False, True),
+            (8, 64, torch.float16, False, True), (128, 64, torch.bfloat16, True, True),
+        )  # fmt: skip
+        assert selfcheck.proven_columns(self.SHAPE) == 96
+        weight, bias = self.biased()
+        assert weight.shape == (128, 64) and bias.shape == (128,) and bias.data_ptr() % 16 == 0
+
+    def test_without_one_a_bias_is_where_no_vendor_adds_it(self, proven):
+        proven((96, 64, torch.bfloat16, False, True))
+        weight, bias = self.biased()
+        assert weight.shape == (selfcheck.COLUMNS, 64) and bias.shape == (selfcheck.COLUMNS,)
+        assert linear._key(X[:1].bfloat16(), weight.t(), bias) is None
+        assert selfcheck.proven_columns(selfcheck.Shape(32)) == 0
 
 
 def test_rows_are_as_long_as_the_models():
