@@ -62,16 +62,22 @@ def has_everything(answer: bytes, streamed: bool) -> bool:
 @pytest.fixture(scope="module")
 def runs(batch_invariant_server, plain_server, tmp_path_factory):
     """A function that runs a mode against the batch-invariant server, seen by a tap, with the plain one as its control;
-    the process, its report and the tap. Each mode is run once."""
+    the process, its report and the tap. Each mode is run once, and once more where the control was not caught: a busy
+    machine may answer one request after the other, which is no load, and the report says so."""
     kept = {}
+
+    def once(mode: str):
+        path = tmp_path_factory.mktemp(mode) / "result.json"
+        with tapped(batch_invariant_server.port) as tap:
+            options = ("--mode", mode, *LOAD, *OPTIONS[mode], "--control-url", plain_server.url, "--json", path)
+            done = harness(tap.url, *options)
+        return done, found(done, path), tap
 
     def run(mode: str):
         if mode not in kept:
-            path = tmp_path_factory.mktemp(mode) / "result.json"
-            with tapped(batch_invariant_server.port) as tap:
-                options = ("--mode", mode, *LOAD, *OPTIONS[mode], "--control-url", plain_server.url, "--json", path)
-                done = harness(tap.url, *options)
-            kept[mode] = done, found(done, path), tap
+            kept[mode] = once(mode)
+            if kept[mode][1]["verdict"] == "inconclusive":
+                kept[mode] = once(mode)
         return kept[mode]
 
     return run
