@@ -170,6 +170,7 @@ def test_with_tiles_that_are_kept_only_those_are_measured_and_at_the_steps_of_pr
     made = run(kept=table, journal="kept", largest=1024)
     again = go(made)
     assert {tile for _, tile in made.bench.measured} <= table.tiles()
+    assert again.faster == table.faster
     between = {m for m in tiles.STEPS if m <= 1024} - {*SIZES}
     for shape in SHAPES:
         assert dict(again.ranks[shape]).keys() == dict(table.ranks[shape]).keys() | between
