@@ -2,10 +2,10 @@
 
 import json
 import os
+import pty
 import resource
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,12 @@ def lines(path: Path) -> list[dict]:
 
 def partial(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
+
+
+def begun(server, path: Path, prompts, **streams) -> subprocess.Popen:
+    """A recording, one request at a time, in a process."""
+    options = "--record", str(path), *prompts, "--max-tokens", "8", "--concurrency", "1"
+    return subprocess.Popen([*COMMAND, "--url", server.url, *options], env=environment(), **streams)
 
 
 def asked(path: Path) -> list[str]:
@@ -110,19 +116,7 @@ def test_going_on_asks_only_what_is_missing(serve, record, harness, prompts, tmp
 def test_a_killed_recording_goes_on(serve, record, prompts, tmp_path):
     path = tmp_path / "record.jsonl"
     server = serve(faults={PROBES + 10: "stall"})
-    command = [
-        *COMMAND,
-        "--url",
-        server.url,
-        "--record",
-        str(path),
-        *prompts,
-        "--max-tokens",
-        "8",
-        "--concurrency",
-        "1",
-    ]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
+    process = begun(server, path, prompts, stdout=subprocess.DEVNULL)
     server.wait_for_requests(PROBES + 11)
     process.kill()
     process.wait()
@@ -133,19 +127,7 @@ def test_a_killed_recording_goes_on(serve, record, prompts, tmp_path):
 def test_ctrl_c_keeps_what_was_written_and_says_that_it_is_partial(serve, record, prompts, tmp_path):
     path = tmp_path / "record.jsonl"
     server = serve(faults={PROBES + 10: "stall"})
-    command = [
-        *COMMAND,
-        "--url",
-        server.url,
-        "--record",
-        str(path),
-        *prompts,
-        "--max-tokens",
-        "8",
-        "--concurrency",
-        "1",
-    ]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = begun(server, path, prompts, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     server.wait_for_requests(PROBES + 11)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
@@ -313,24 +295,15 @@ def test_a_broken_recording_is_on_the_disk_before_the_next_answer(serve, prompts
     """Streamed, not kept until the end: while answer 11 does not come, 10 are in the file."""
     path = tmp_path / "record.jsonl"
     server = serve(faults={PROBES + 10: "stall"})
-    command = [
-        *COMMAND,
-        "--url",
-        server.url,
-        "--record",
-        str(path),
-        *prompts,
-        "--max-tokens",
-        "8",
-        "--concurrency",
-        "1",
-    ]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
+    terminal, stdout = pty.openpty()
+    process = begun(server, path, prompts, stdout=stdout)
+    os.close(stdout)
     try:
         server.wait_for_requests(PROBES + 11)
-        deadline = time.monotonic() + 30
-        while len(lines(partial(path))) < 11 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        with open(terminal, "rb", buffering=0) as screen:
+            shown = b""
+            while b"Recording: 10/20" not in shown:
+                shown += screen.read(1024)  # an error once the process ended
         assert len(lines(partial(path))) == 11
     finally:
         process.kill()
