@@ -22,7 +22,6 @@ BATCH_INVARIANT_ALLOW_UNPROVEN=1.
 
 import argparse
 import json
-import os
 import random
 import re
 import subprocess
@@ -39,10 +38,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT / "vllm"), str(ROOT)]
 
+import serving  # noqa: E402
 from local_server import Failure, Program, Programs, run_command  # noqa: E402
 from rounds import kept, processor  # noqa: E402
 from serve_settings import GPU_BACKENDS  # noqa: E402
-from serving import ENVIRONMENTS, KIT, PLAIN  # noqa: E402
+from serving import KIT, PLAIN  # noqa: E402
 
 SYSTEMS = (PLAIN, KIT)
 PROMPTS = (5, 7, 16, 17, 33, 64, 90, 128, 150, 201, 256, 400)
@@ -256,18 +256,10 @@ def worker(model: str, dtype: str, attention: str, rounds: int, result: Path) ->
 
 
 def environment(system: str) -> dict[str, str]:
-    drop = {key for one in ENVIRONMENTS.values() for key in one}
-    env = {key: value for key, value in os.environ.items() if key not in drop} | ENVIRONMENTS[system]
-    path = [str(ROOT / "vllm"), str(ROOT)] if system == KIT else []
-    env["PYTHONPATH"] = os.pathsep.join([*path, *filter(None, [env.get("PYTHONPATH")])])
-    cache = env.get("VLLM_CACHE_ROOT") or str(Path.home() / ".cache" / "vllm")
-    # an engine in one process starts sooner; FlashInfer's sampler would be compiled first and is not used here; the
-    # engines share the cores, on which a waiting thread must not spin
+    # FlashInfer's sampler would be compiled first and is not used here; the engines share the cores, on which a waiting
+    # thread must not spin
     defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0", "OMP_WAIT_POLICY": "PASSIVE"}
-    return defaults | env | {
-        "VLLM_CACHE_ROOT": f"{cache}-{system}", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
+    return defaults | serving.environment(system) | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def last_error(log: Path) -> str:

@@ -167,24 +167,27 @@ def worker(answers: TextIO) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
+def environment(name: str) -> dict[str, str]:
+    """A system's, with a compile cache of its own."""
+    system = KIT if name in KIT_BY else name
+    drop = {key for one in ENVIRONMENTS.values() for key in one}
+    env = {key: value for key, value in os.environ.items() if key not in drop} | ENVIRONMENTS[system]
+    path = [str(ROOT / "vllm"), str(ROOT)] if system == KIT else []
+    env["PYTHONPATH"] = os.pathsep.join([*path, *filter(None, [env.get("PYTHONPATH")])])
+    cache = env.get("VLLM_CACHE_ROOT") or str(Path.home() / ".cache" / "vllm")
+    # an engine in one process: a profiler sees the kernels of its own alone
+    return env | {"VLLM_CACHE_ROOT": f"{cache}-{name}", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+
 class Worker:
     """A system's process."""
 
     def __init__(self, name: str, log: Path) -> None:
-        drop = {key for environment in ENVIRONMENTS.values() for key in environment}
-        system = KIT if name in KIT_BY else name
-        env = {key: value for key, value in os.environ.items() if key not in drop} | ENVIRONMENTS[system]
-        path = [str(ROOT / "vllm"), str(ROOT)] if system == KIT else []
-        env["PYTHONPATH"] = os.pathsep.join([*path, *filter(None, [env.get("PYTHONPATH")])])
-        # the profiler sees the kernels of its own process alone
-        env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        cache = env.get("VLLM_CACHE_ROOT") or str(Path.home() / ".cache" / "vllm")
-        env["VLLM_CACHE_ROOT"] = f"{cache}-{name}"
         self.name = name
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, __file__, "--worker"], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=output, text=True,
+                [sys.executable, __file__, "--worker"], env=environment(name),
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True,
             )  # fmt: skip
 
     def send(self, **question) -> None:
