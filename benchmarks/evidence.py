@@ -72,14 +72,11 @@ JOBS = {
     "matmul": job("benchmarks/matmul.py --out {out}/matmul.csv", 10),
     "matmul-fp16": job("benchmarks/matmul.py --dtypes fp16 --quick --out {out}/matmul-fp16.csv", 5),
     **{f"prove-{model}": proof(model) for model in ("llama-3.1-8b", "qwen3-8b")},
-    **{
-        f"serving-{backend.partition('_')[0].lower()}": job(
-            f"benchmarks/serving.py --model {{model}} --kv-cache-gib 12 --out {{out}}/{backend} "
-            f"--attention-backend {backend} --systems plain kit",
-            10,
-        )
-        for backend in ("TRITON_ATTN", "FLEX_ATTENTION")
-    },
+    "serving-attention": job(
+        "benchmarks/serving.py --model {model} --kv-cache-gib 12 --out {out}/serving-attention --rounds 3 "
+        "--systems plain kit-triton kit-flex kit-flex-64",
+        20,
+    ),
     "attention": job(
         "benchmarks/architectures.py --only llama-head-128 mistral-window --attention TRITON_ATTN FLEX_ATTENTION "
         "--jobs 4 --out {out}/attention.csv --logs {out}/engines",

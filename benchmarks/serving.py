@@ -37,8 +37,18 @@ ENVIRONMENTS = {
     OWN: MODE,
     KIT: MODE | {"BATCH_INVARIANT": "1", "CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "1"},
 }
-KIT_BY = {f"{KIT}-triton": "TRITON_ATTN", f"{KIT}-flex": "FLEX_ATTENTION"}
-"""Asked for by name: this kit with an attention backend of its own."""
+FLEX = {"attention_backend": "FLEX_ATTENTION"}
+KIT_BY: dict[str, dict[str, Any]] = {
+    f"{KIT}-triton": {"attention_backend": "TRITON_ATTN"},
+    f"{KIT}-flex": FLEX,
+    # the cache's pages, too, are of as many tokens: vLLM lets FlexAttention's blocks be no larger
+    f"{KIT}-flex-64": FLEX
+    | {
+        "block_size": 64,
+        "attention_config": {"flex_attn_block_m": 64, "flex_attn_block_n": 64, "flex_attn_q_block_size": 64},
+    },
+}
+"""Asked for by name: this kit with an attention backend of its own, and the engine's arguments for it."""
 
 
 @dataclass(frozen=True)
@@ -331,8 +341,7 @@ def main() -> None:
     workers = [Worker(name, arguments.out / f"serving-{name}.log") for name in arguments.systems]
     try:
         for one in workers:
-            own = {"attention_backend": KIT_BY[one.name]} if one.name in KIT_BY else {}
-            one.send(do="start", arguments=engine | own)
+            one.send(do="start", arguments=engine | KIT_BY.get(one.name, {}))
         answers = {one.name: one.receive() for one in workers}
         versions = answers[PLAIN][0]
         starts = {name: start for name, (_, start) in answers.items()}

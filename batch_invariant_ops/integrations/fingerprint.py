@@ -10,6 +10,7 @@ kind of device are nobody else's business.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import logging
 import os
@@ -58,6 +59,7 @@ def of_config(config: Any) -> Fields:
         "compilation": f"{mode} {compilation.backend} {' '.join(compilation.custom_ops)}".strip(),
         "fusions": fingerprint.names(name for name, on in vars(compilation.pass_config).items() if on is True),
         "attention_backend": getattr(config.attention_config.backend, "name", "auto"),
+        "attention_settings": _attention_settings(config.attention_config),
         "speculative_decoding": None if speculative is None else str(speculative.method),
         "lora": config.lora_config is not None,
         "logprobs": str(model.logprobs_mode),
@@ -65,6 +67,13 @@ def of_config(config: Any) -> Fields:
         "overrides": fingerprint.of_text(model.hf_overrides) if model.hf_overrides else None,
         "unproven": ", ".join(unproven.unproven(config)) or None,
     }
+
+
+def _attention_settings(attention: Any) -> str | None:
+    """What of it was asked for beside a backend, such as another version or other blocks, which add in other steps."""
+    default, names = type(attention)(), {field.name for field in dataclasses.fields(attention)} - {"backend"}
+    asked = {name: getattr(attention, name) for name in names if getattr(attention, name) != getattr(default, name)}
+    return json.dumps(asked, sort_keys=True, default=str) if asked else None
 
 
 def of_worker(config: Any, device: Any, model: Any) -> Fields:

@@ -178,6 +178,17 @@ def test_a_real_server_says_what_it_runs(first_run, small_model):
 
 
 @needs_server
+def test_blocks_of_attention_that_were_asked_for_are_part_of_it():
+    from vllm.config import AttentionConfig
+
+    settings = integration._attention_settings
+    assert settings(AttentionConfig()) is None
+    assert settings(AttentionConfig(backend="FLEX_ATTENTION")) is None, "a field of its own says that"
+    assert settings(AttentionConfig(flex_attn_block_n=64, backend="FLEX_ATTENTION")) == '{"flex_attn_block_n": 64}'
+    assert json.loads(settings(AttentionConfig(flash_attn_version=2))) == {"flash_attn_version": 2}
+
+
+@needs_server
 def test_nothing_of_the_machine_or_the_key_is_shown(first_run, small_model):
     text = json.dumps(first_run["shown"])
     assert KEY not in text and str(small_model.parent) not in text
