@@ -2,9 +2,11 @@
 """Time of y = x[M, K]·W[N, K]ᵀ over M, each implementation against cuBLAS as shipped, interleaved in one run.
 
 What has to be set before cuBLAS's first handle differs between implementations, so each environment has a worker
-process of its own; they are asked in turn, shape by shape. A time is one CUDA graph replay of many calls, divided by
-their number; the calls rotate through copies of the weights that together exceed the L2 cache, as a model's layers do.
-An error is ‖y - r‖ / ‖r‖ for the first rows, r in fp64 of the same operands.
+process of its own; they are asked in turn, shape by shape, each round beginning with another. A time is one CUDA graph
+replay of many calls, divided by their number; the calls rotate through copies of the weights that together exceed the
+L2 cache, as a model's layers do, and, up to 512 rows, each time through them with x at another place: what few
+microseconds take goes by where operands lie. An error is ‖y - r‖ / ‖r‖ for the first rows, r in fp64 of the same
+operands.
 
     python3 benchmarks/matmul.py --out benchmarks/results/matmul.csv [--quick] [--models llama-3.1-8b ...]
 
@@ -37,10 +39,12 @@ SHIPPED = "cublas as shipped"
 KIT_ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "1"}
 IMPLEMENTATIONS = {SHIPPED: "shipped", "auto": "kit", "triton": "kit", "thinking-machines": "kit", "vllm-0.33": "kit"}
 LARGEST_OUTPUT = 2**30
-ROUNDS = 3
+ROUNDS = 5
 CHECKED = 16
 """Rows of which the error is taken."""
 REPLAYS = 5
+PLACES, PLACED_ROWS = 4, 512
+"""Of x in memory, and up to which M."""
 
 
 def implementation(name):
@@ -76,7 +80,8 @@ class Case:
         run = implementation(name)
         generator = torch.Generator(device="cuda").manual_seed(m)
         x = torch.randn(m, weights[0].shape[1], device="cuda", generator=generator).to(weights[0].dtype)
-        self.x = x  # the graph reads it, but does not keep it
+        # the graph reads them, but does not keep them
+        self.places = [x, *(x.clone() for _ in range(PLACES - 1))] if m <= PLACED_ROWS else [x]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())  # which is still writing x
         with torch.cuda.stream(stream), torch.no_grad():
@@ -86,11 +91,12 @@ class Case:
             self.error = float((run(x, weights[0])[:CHECKED].double() - exact).norm() / exact.norm())
         del exact
         torch.cuda.synchronize()
-        self.calls = len(weights) * (1 if m > 512 else 4)
+        self.calls = len(weights) * len(self.places)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph), torch.no_grad():
-            for i in range(self.calls):
-                run(x, weights[i % len(weights)])
+            for x in self.places:
+                for w in weights:
+                    run(x, w)
         self.graph.replay()
         self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
 
@@ -177,8 +183,8 @@ def measure(shapes, sizes, dtypes, names):
                 for environment, one in workers.items():
                     errors |= one.ask(do="case", m=m, names=[x for x in names if IMPLEMENTATIONS[x] == environment])
                 times = defaultdict(list)
-                for _ in range(ROUNDS):
-                    for name in names:
+                for turn in range(ROUNDS):
+                    for name in names[turn % len(names) :] + names[: turn % len(names)]:
                         times[name].append(workers[IMPLEMENTATIONS[name]].ask(do="time", name=name))
                 for name in names:
                     us = statistics.median(times[name])

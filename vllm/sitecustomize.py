@@ -21,6 +21,7 @@ HOOKED = {
     "vllm.v1.sample.sampler",
     "vllm.v1.worker.gpu.sample.logprob",
     "vllm.v1.attention.backends.flash_attn",
+    "vllm.v1.attention.backends.flex_attention",
     "vllm.v1.attention.backends.cpu_attn",
     "vllm.v1.worker.gpu_input_batch",
     "vllm.v1.worker.gpu_worker",

@@ -37,6 +37,8 @@ USERS_OF_THE_SEAM = (
 VLLMS_LARGEST_GRAPH = 512
 BLOCK, BLOCKS_IN_MEMORY = 16, 16
 """Tokens of a block of KV cache; and how often as much memory as is tried with must be there."""
+KINDS_OF_BATCHES = 64
+"""For which FlexAttention may be compiled in one process."""
 REQUIRED_ENVIRONMENT = {"VLLM_BATCH_INVARIANT": "1", "VLLM_CPU_ATTN_SPLIT_KV": "0"}
 
 logger = logging.getLogger("batch_invariant_ops")
@@ -302,6 +304,14 @@ def _patch_flash_attention(backend: ModuleType) -> None:
         setattr(backend, name, flash_attention.with_one_step(getattr(backend, name)))
 
 
+def _patch_flex_attention(backend: ModuleType) -> None:
+    """Have it compiled for more kinds of batches than vLLM lets it: past the limit, which a server under load reached
+    after the trial of its attention, the engine ends."""
+    import torch._dynamo.config as dynamo
+
+    dynamo.recompile_limit = max(dynamo.recompile_limit, KINDS_OF_BATCHES)
+
+
 def _patch_cpu_attention(backend: ModuleType) -> None:
     """Have a CPU attend row by row."""
     builder = backend.CPUAttentionMetadataBuilder
@@ -513,6 +523,7 @@ _PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "vllm.v1.sample.sampler": _patch_alternatives,
     "vllm.v1.worker.gpu.sample.logprob": _patch_alternatives,
     "vllm.v1.attention.backends.flash_attn": _patch_flash_attention,
+    "vllm.v1.attention.backends.flex_attention": _patch_flex_attention,
     "vllm.v1.attention.backends.cpu_attn": _patch_cpu_attention,
     "vllm.v1.worker.gpu_input_batch": _patch_input_batch,
     "vllm.v1.worker.gpu_worker": _patch_worker,

@@ -283,3 +283,15 @@ def test_the_norm_is_one_opaque_kernel_on_a_gpu_and_vllms_own_code_on_a_cpu():
     assert "batch_invariant_ops.rms_norm" in traced and "mean" not in traced
     assert "batch_invariant_ops.fused_add_rms_norm" in with_residual and "mean" not in with_residual
     assert "batch_invariant_ops.rms_norm" not in python(NORM).stdout
+
+
+FLEX = """
+import torch._dynamo.config
+import vllm.v1.attention.backends.flex_attention
+print(torch._dynamo.config.recompile_limit)
+"""
+
+
+@needs_vllm
+def test_flex_attention_may_be_compiled_for_more_kinds_of_batches_than_vllm_lets_it():
+    assert int(python(FLEX, BATCH_INVARIANT="1").stdout) > int(python(FLEX).stdout)
