@@ -30,7 +30,7 @@ from batch_invariant_ops.reduction import CONTRACT_VERSION
 from batch_invariant_ops.vendor import WORKSPACES
 
 logger = logging.getLogger(__name__)
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,21 @@ class Case:
 
 @dataclass(frozen=True)
 class Certificate:
-    """The outcome of comparing every M from 1 to ``largest``.
+    """The outcome of comparing every M from 1 to ``largest``, or a sample that showed each kernel of the vendor's.
 
     Attributes:
         largest: the largest M compared.
         disagree: the values of M at which the bits were others, as ranges, both ends included.
         window: where the vendor may run; None where it may not.
         seconds: how long it took.
+        kernels: of a sample, in hexadecimal: those of the vendor's that ran in it.
     """
 
     largest: int
     disagree: tuple[tuple[int, int], ...]
     window: Window | None
     seconds: float
+    kernels: tuple[str, ...] = ()
 
 
 def folder() -> Path:
@@ -97,6 +99,7 @@ def save(case: Case, device: torch.device, certificate: Certificate) -> Path:
         "disagree": certificate.disagree,
         "window": certificate.window and asdict(certificate.window),
         "seconds": round(certificate.seconds, 3),
+        "kernels": certificate.kernels,
     }
     path = _path(case, device)
     write_whole(path, json.dumps(content, indent=2) + "\n")
@@ -150,12 +153,14 @@ def _parsed(content: dict[str, Any]) -> Certificate:
     largest = _natural(content["largest"])
     disagree = tuple((_natural(low), _natural(high)) for low, high in content["disagree"])
     window = content["window"] and Window(**{name: _natural(value) for name, value in content["window"].items()})
+    kernels = tuple(bytes.fromhex(kernel).hex() for kernel in content["kernels"])
     if window is not None:
-        if not window.floor <= window.cap <= largest or window.tried != window.cap - window.floor + 1:
+        every = window.cap - window.floor + 1
+        if not window.floor <= window.cap <= largest or window.tried > every or (window.tried < every and not kernels):
             raise ValueError(f"{window} is not a window over every M up to {largest}")
         if any(high >= window.floor and low <= window.cap for low, high in disagree):
             raise ValueError(f"{window} holds values of M that disagree")
-    return Certificate(largest, disagree, window, float(content["seconds"]))
+    return Certificate(largest, disagree, window, float(content["seconds"]), kernels)
 
 
 def _natural(value: Any) -> int:

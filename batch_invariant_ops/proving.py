@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from batch_invariant_ops import certificates
+from batch_invariant_ops import certificates, tiles
 from batch_invariant_ops.certificates import Case, Certificate
 from batch_invariant_ops.ops import cublaslt, vendor_gemm
 from batch_invariant_ops.ops import matmul as own
@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 LARGER_SIZES = (513, 640, 768, 1000, 1024, 1536, 2048, 3000, 4096, 6000, 8192, 12288, 16384)
 SAMPLE = (*range(1, 513), *LARGER_SIZES)
 """Every M up to the largest CUDA graph's, as steps of prompts and answers have them, and a spread above."""
-REPEATED = (1, 2, 8, 16, 64, 256, 1024, 8192)
+REPEATED = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16), *tiles.STEPS, 8192)
+"""M of the steps that CUDA graphs launch, and one above: what confirms a kept proof."""
 ALIGNMENT = 256
 """Of all operands, in bytes: cuBLASLt chooses its kernel by theirs up to this, and torch's allocator gives more."""
 LARGEST_FLOOR = 64
@@ -40,32 +41,62 @@ def settle(case: Case, device: torch.device) -> Window | None:
     """
     certificate = certificates.load(case, device)
     if certificate is not None:
-        window = certificate.window
-        if window is None:
+        if certificate.window is None:
             return None
-        repeated = {min(max(size, window.floor), window.cap) for size in REPEATED}
-        # vLLM's steps may be longer than what was proven, and there our kernel would run
-        larger = _sizes(case, device, above=window.cap) if device.type == "cuda" else []
-        if all(verdicts := compare(case, device, sorted(repeated | {*larger}))):
-            return dataclasses.replace(window, cap=max([window.cap, *larger]))
-        if all(verdicts[: len(repeated)]):
+        window = _confirmed(case, device, certificate, certificate.window)
+        if window is not None:
             return window
         logger.warning("linear %s: the vendor's bits are not those of its certificate, which is ignored", case)
     return sample(case, device)
 
 
+def _confirmed(case: Case, device: torch.device, certificate: Certificate, window: Window) -> Window | None:
+    """A certificate's window, and as far beyond it as a sample shows; None where the vendor is seen to be another."""
+    repeated = {min(max(size, window.floor), window.cap) for size in REPEATED}
+    if certificate.kernels:
+        proven = {bytes.fromhex(kernel) for kernel in certificate.kernels}
+        if not _kernels(case, device, repeated) <= proven:
+            return None
+        cublaslt.restrict(_shape(case, device), 0, proven)
+    # vLLM's steps may be longer than what was proven, and there our kernel would run
+    larger = _sizes(case, device, above=window.cap) if device.type == "cuda" else []
+    if larger and not certificate.kernels:
+        cublaslt.restrict(_shape(case, device), window.cap, _kernels(case, device, larger))
+    if all(verdicts := compare(case, device, sorted(repeated | {*larger}))):
+        return dataclasses.replace(window, cap=max([window.cap, *larger]))
+    return window if all(verdicts[: len(repeated)]) else None
+
+
 def sample(case: Case, device: torch.device) -> Window | None:
-    """The window over a sample of M."""
+    """The window over a sample of M; a GPU's is kept, as its kernels tell what of the M between was proven."""
+    begin = time.perf_counter()
     sizes = _sizes(case, device) or [1]
     while True:
         try:
-            return window_of(sizes, compare(case, device, sizes), LARGEST_FLOOR)
+            verdicts = compare(case, device, sizes)
+            break
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             sizes = [size for size in sizes if size <= sizes[-1] // 2]
             if not sizes or sizes[-1] < SMALLEST_CAP:
                 logger.warning("linear %s: too little memory is free for a proof", case)
                 return None
+    window = window_of(sizes, verdicts, LARGEST_FLOOR)
+    kernels = _kernels(case, device, sizes)
+    if kernels:
+        cublaslt.restrict(_shape(case, device), 0, kernels)
+    if kernels and all(verdicts):
+        names = tuple(sorted(kernel.hex() for kernel in kernels))
+        _keep(case, device, Certificate(sizes[-1], (), window, time.perf_counter() - begin, names))
+    return window
+
+
+def _keep(case: Case, device: torch.device, certificate: Certificate) -> None:
+    """For later starts, which are faster by it; a folder that nobody can write to costs no more than that."""
+    try:
+        certificates.save(case, device, certificate)
+    except OSError as error:
+        logger.debug("linear %s: its proof is not kept: %s", case, error)
 
 
 def _sizes(case: Case, device: torch.device, above: int = 0) -> list[int]:
@@ -76,19 +107,29 @@ def _sizes(case: Case, device: torch.device, above: int = 0) -> list[int]:
     sizes = [size for size in SAMPLE if size > above and size * case.n <= LARGEST_OUTPUT]
     if device.type != "cuda" or not sizes:
         return sizes
-    index = torch.cuda.current_device() if device.index is None else device.index
-    shape = (case.n, case.k, case.dtype, case.has_bias, case.weight_is_packed, index)
-    seen = {None, *(vendor_gemm.kernel(shape, size) for size in sizes)}
+    seen = _kernels(case, device, sizes)
     more, asked = [], cublaslt.rounded(above + 1)
     while asked < sizes[-1]:
         # the one before is odd, for which many kernels do not serve
         for size in (asked - 1, asked):
-            if size > above and (kernel := vendor_gemm.kernel(shape, size)) not in seen:
-                seen.add(kernel)
+            if size > above and (new := _kernels(case, device, [size]) - seen):
+                seen |= new
                 more.append(size)
         asked = cublaslt.rounded(asked + 1)
-    cublaslt.restrict(shape, above, {kernel for kernel in seen if kernel})
     return sorted({*sizes, *more})
+
+
+def _kernels(case: Case, device: torch.device, sizes: Iterable[int]) -> frozenset[bytes]:
+    """Those of the vendor's that run at these numbers of rows, as far as it tells."""
+    if device.type != "cuda":
+        return frozenset()
+    found = {vendor_gemm.kernel(_shape(case, device), size) for size in sizes}
+    return frozenset(kernel for kernel in found if kernel is not None)
+
+
+def _shape(case: Case, device: torch.device) -> cublaslt.Shape:
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return case.n, case.k, case.dtype, case.has_bias, case.weight_is_packed, index
 
 
 def exhaustively(case: Case, device: torch.device, largest: int, progress: Progress | None = None) -> Certificate:

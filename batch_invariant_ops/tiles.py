@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 SHIPPED = Path(__file__).with_name("tables")
 NO_LIMIT = 2**62
-STEPS = (*range(544, 1280, 32), *range(1280, 1536, 64), *range(1536, 2049, 128))
+STEPS = (*range(640, 2049, 128),)
 """M of the steps of a server's middling prompts: those that a CUDA graph launches, beyond vLLM's own."""
 PLAIN, COPYING, STAYING, FLATTENED, SPECIALISED = FORMS = ("plain", "copying", "staying", "flattened", "specialised")
 """How a program reads and what it does then: through pointers, one tile; by the copy engine (TMA), one tile; by it,

@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from batch_invariant_ops import certificates, proving
 from batch_invariant_ops.certificates import Case, Certificate
-from batch_invariant_ops.ops import vendor_gemm
+from batch_invariant_ops.ops import cublaslt, vendor_gemm
 from batch_invariant_ops.proof import Window
 
 CPU = torch.device("cpu")
@@ -67,7 +68,7 @@ def damaged(content, **changes):
         (lambda text: text[:50], "JSONDecodeError"),
         (lambda text: "[]", "TypeError"),
         (lambda text: "null", "TypeError"),
-        (lambda text: damaged(text, format=99), "another format: 99, not 3"),
+        (lambda text: damaged(text, format=99), "another format: 99, not 4"),
         (lambda text: damaged(text, machine={"device": "NVIDIA H100"}), "another machine"),
         (lambda text: damaged(text, case={}), "another case"),
         (lambda text: damaged(text, largest="many"), "'many' is not a number of rows"),
@@ -157,7 +158,7 @@ class TestUse:
         monkeypatch.setattr(proving, "compare", lambda case, device, sizes: asked.extend(sizes) or [True] * len(sizes))
         certificates.save(CASE, CPU, CERTIFICATE)
         assert proving.settle(CASE, CPU) == CERTIFICATE.window
-        assert asked == [5, 8, 16, 64, 100]
+        assert asked == [5, *range(8, 97, 8), 100]
 
     def test_one_that_the_vendor_no_longer_keeps_is_not(self, monkeypatch, caplog):
         monkeypatch.setattr(proving, "compare", lambda case, device, sizes: [True] * (len(sizes) - 1) + [False])
@@ -168,6 +169,77 @@ class TestUse:
     def test_one_that_says_no_is_believed(self):
         certificates.save(CASE, CPU, dataclasses.replace(CERTIFICATE, window=None))
         assert proving.settle(CASE, CPU) is None
+
+
+class TestKeptSample:
+    """What a GPU's sample showed at one start is confirmed at the next. The GPU is made up; real ones have a test."""
+
+    GPU = torch.device("cuda", 0)
+
+    @pytest.fixture(autouse=True)
+    def machine(self, monkeypatch):
+        self.kernels = {size: b"large" if size > 300 else b"small" for size in range(1, 20000)}
+        self.wrong: set[int] = set()
+        self.compared: list[list[int]] = []
+        monkeypatch.setattr(certificates, "machine", lambda device: {"device": "made up"})
+        monkeypatch.setattr(cublaslt, "ranks", lambda *of: ())
+        monkeypatch.setattr(cublaslt, "_allowed", {})
+        monkeypatch.setattr(vendor_gemm, "kernel", lambda shape, size: self.kernels[size])
+        monkeypatch.setattr(proving, "compare", self.compare)
+
+    def compare(self, case, device, sizes):
+        self.compared.append(list(sizes))
+        return [size not in self.wrong for size in sizes]
+
+    def settle(self):
+        self.compared.clear()
+        cublaslt._allowed.clear()
+        return proving.settle(CASE, self.GPU)
+
+    def test_the_next_start_looks_at_the_graphs_sizes_alone(self, cache):
+        window = self.settle()
+        allowed = dict(cublaslt._allowed)
+        assert window == Window(1, 16384, len(self.compared[0])) and window.tried > 512
+        assert self.settle() == window and self.compared == [list(proving.REPEATED)]
+        assert cublaslt._allowed == allowed and [what for _, what in allowed.values()] == [{b"large", b"small"}]
+        assert len(list(cache.iterdir())) == 1
+
+    def test_where_the_vendor_runs_a_kernel_that_was_not_in_it_another_is_taken(self, caplog):
+        window = self.settle()
+        self.kernels[128] = b"another"
+        assert self.settle() == window and [len(sizes) for sizes in self.compared] == [window.tried]
+        assert "not those of its certificate" in caplog.text
+        assert self.settle() == window and self.compared == [list(proving.REPEATED)]
+
+    def test_where_the_bits_are_others_another_is_taken_and_not_kept(self, cache):
+        window = self.settle()
+        self.wrong = {512}
+        assert self.settle() is None and len(self.compared[-1]) == window.tried
+        self.wrong = set()
+        assert self.settle() == window and self.compared == [list(proving.REPEATED)]
+
+    @pytest.mark.parametrize("wrong", [{16384}, {1}, {3000}])
+    def test_one_that_did_not_hold_everywhere_is_not_kept(self, wrong, cache):
+        self.wrong = wrong
+        self.settle()
+        assert not cache.is_dir()
+
+    def test_a_folder_that_cannot_be_written_costs_no_more_than_time(self, monkeypatch):
+        monkeypatch.setattr(certificates, "save", Mock(side_effect=PermissionError))
+        window = self.settle()
+        assert self.settle() == window and [len(sizes) for sizes in self.compared] == [window.tried]
+
+    def test_one_whose_kernels_cannot_be_read_is_ignored(self, cache, caplog):
+        window = self.settle()
+        (path,) = cache.iterdir()
+        path.write_text(damaged(path.read_text(), kernels=["no number"]))
+        assert self.settle() == window and "is ignored: ValueError" in caplog.text
+
+    def test_without_kernels_it_is_none(self, cache, caplog):
+        window = self.settle()
+        (path,) = cache.iterdir()
+        path.write_text(damaged(path.read_text(), kernels=[]))
+        assert self.settle() == window and "not a window over every M" in caplog.text
 
 
 def test_an_exhaustive_proof_names_the_one_size_at_which_a_vendor_lies_in_one_bit(monkeypatch):

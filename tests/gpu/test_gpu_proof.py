@@ -146,6 +146,12 @@ def liar(at):
     return call
 
 
+@pytest.fixture(autouse=True)
+def nothing_kept(tmp_path, monkeypatch):
+    """What one test proved is not there for the next."""
+    monkeypatch.setenv("BATCH_INVARIANT_CACHE", str(tmp_path))
+
+
 @pytest.fixture
 def forgetful():
     """Nothing decided before, nothing kept after."""
@@ -202,8 +208,7 @@ class TestLiar:
         with pytest.raises(RuntimeError, match="BATCH_INVARIANT_GEMM=vendor: linear N=320 K=256 bfloat16"):
             linear.prepare(values(320, 256, dtype=torch.bfloat16))
 
-    def test_a_certificate_that_the_vendor_no_longer_keeps_is_ignored(self, monkeypatch, tmp_path, caplog):
-        monkeypatch.setenv("BATCH_INVARIANT_CACHE", str(tmp_path))
+    def test_a_certificate_that_the_vendor_no_longer_keeps_is_ignored(self, monkeypatch, caplog):
         certificates.save(CASE, GPU, proving.exhaustively(CASE, GPU, 100))
         assert proving.settle(CASE, GPU) == Window(1, max(proving.SAMPLE), 100)
         monkeypatch.setattr(vendor_gemm, "call", liar(100))
@@ -211,6 +216,24 @@ class TestLiar:
             settled = proving.settle(CASE, GPU)
         assert "not those of its certificate" in caplog.text
         assert settled is None
+
+
+def test_a_sample_is_kept_and_another_process_confirms_it(monkeypatch):
+    window = proving.settle(CASE, GPU)
+    (kept,) = certificates.folder().iterdir()
+    calls = liar(at=-1)
+    monkeypatch.setattr(vendor_gemm, "call", calls)
+    monkeypatch.setattr(proving, "sample", None)
+    assert proving.settle(CASE, GPU) == window and len(calls.rows) < 3 * len(proving.REPEATED)
+    code = f"""
+import torch
+from batch_invariant_ops import certificates, proving, vendor
+vendor.prepare()
+proving.sample = None
+print(proving.settle(certificates.{CASE!r}, torch.device("cuda", 0)))
+"""
+    done = python(code, BATCH_INVARIANT_CACHE=str(kept.parent))
+    assert done.stdout.strip() == str(window), done.stderr
 
 
 def test_a_proof_is_made_at_the_third_call_and_once(monkeypatch, forgetful, values):

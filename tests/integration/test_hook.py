@@ -146,12 +146,12 @@ print(config.compilation_config.max_cudagraph_capture_size, len(sizes), sizes[-2
 @pytest.mark.parametrize(
     "changed, expected",
     [
-        ({}, "2048 83 [1920, 2048]"),
-        ({"tokens": 1000}, "992 66 [960, 992]"),
+        ({}, "2048 63 [1920, 2048]"),
+        ({"tokens": 1000}, "896 54 [768, 896]"),
         ({"switch": "0"}, "512 51 [496, 512]"),
         ({"gib": 24}, "512 51 [496, 512]"),
         ({"layers": 64}, "512 51 [496, 512]"),
-        ({"layers": 64, "gib": 141}, "2048 83 [1920, 2048]"),
+        ({"layers": 64, "gib": 141}, "2048 63 [1920, 2048]"),
         ({"seqs": 16}, "32 7 [24, 32]"),
         ({"asked": "dict(cudagraph_capture_sizes=[8, 512])"}, "512 2 [8, 512]"),
         ({"asked": "dict(max_cudagraph_capture_size=512)"}, "512 51 [496, 512]"),
