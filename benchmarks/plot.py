@@ -185,8 +185,9 @@ def serving() -> None:
     systems = {"vllm-own-mode": ("vLLM's own batch-invariant mode", GREY), "kit": ("this kit", BLUE)}
     for side, (title, workloads) in zip(sides, panels, strict=False):
         for offset, (system, (label, colour)) in enumerate(systems.items()):
-            places = [place + (offset - 0.5) * 0.38 for place in range(len(workloads))]
-            bars = side.bar(places, [one[system] for one in workloads.values()], 0.36, color=colour, label=label)
+            ratios = {place: one[system] for place, one in enumerate(workloads.values()) if system in one}
+            places = [place + (offset - 0.5) * 0.38 for place in ratios]
+            bars = side.bar(places, [*ratios.values()], 0.36, color=colour, label=label)
             side.bar_label(bars, fmt="%.2f", fontsize=8)
         side.axhline(1, color="black", linewidth=0.8)
         side.set_xticks(range(len(workloads)), [*workloads])

@@ -108,6 +108,8 @@ def _patch_envs(envs: ModuleType) -> None:
     # vLLM's compile cache is keyed by its environment variables: an entry of our own keeps a graph that was compiled
     # with another version of these kernels from being used again.
     envs.environment_variables["VLLM_BATCH_INVARIANT_OPS"] = lambda: __version__
+    if os.environ.get("VLLM_USE_AOT_COMPILE") == "1":  # which vLLM's mode would turn off, also where it was asked for
+        envs.environment_variables["VLLM_USE_AOT_COMPILE"] = lambda: True
 
 
 def _patch_config(config: ModuleType) -> None:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+import torch
 from real_server import KEY, ON_GPU, VLLM, RealServer, harness, needs_server, running
 
 starlette = pytest.importorskip("starlette.applications", reason="starlette comes with vLLM")
@@ -168,7 +169,7 @@ def test_a_real_server_says_what_it_runs(first_run, small_model):
     assert content["batch_invariant"] is fields["batch_invariant"] is True
     assert content["fingerprint"].startswith("bi-") and content["model"] == "tiny-llama"
     assert fields["vllm"].split("+")[0] == importlib.metadata.version(VLLM).split("+")[0]
-    assert fields["torch"] == importlib.metadata.version("torch")
+    assert fields["torch"] == torch.__version__
     attention = "FLASH_ATTN" if ON_GPU else "CPU_ATTN"
     assert (fields["dtype"], fields["attention_backend"], fields["tensor_parallel_size"]) == ("bfloat16", attention, 1)
     assert (ON_GPU or fields["threads"] >= 1) and fields["quantization"] is None and fields["unproven"] is None
