@@ -295,3 +295,19 @@ print(torch._dynamo.config.recompile_limit)
 @needs_vllm
 def test_flex_attention_may_be_compiled_for_more_kinds_of_batches_than_vllm_lets_it():
     assert int(python(FLEX, BATCH_INVARIANT="1").stdout) > int(python(FLEX).stdout)
+
+
+AHEAD_OF_TIME = """
+import vllm.envs as envs
+from vllm.model_executor.determinism import batch_invariant
+batch_invariant.override_envs_for_invariance()
+print(envs.VLLM_USE_AOT_COMPILE)
+"""
+
+
+@needs_vllm
+@pytest.mark.parametrize("asked", [{}, {"VLLM_USE_AOT_COMPILE": "0"}, {"VLLM_USE_AOT_COMPILE": "1"}], ids=str)
+def test_who_asks_for_compilation_ahead_of_time_has_it_and_nobody_else(asked):
+    """vLLM's mode turns it off, also where it was asked for."""
+    done = python(AHEAD_OF_TIME, BATCH_INVARIANT="1", **asked)
+    assert done.stdout == f"{'1' in asked.values()}\n", done.stderr
