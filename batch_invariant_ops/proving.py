@@ -43,7 +43,11 @@ def settle(case: Case, device: torch.device) -> Window | None:
     if certificate is not None:
         if certificate.window is None:
             return None
-        window = _confirmed(case, device, certificate, certificate.window)
+        try:
+            window = _confirmed(case, device, certificate, certificate.window)
+        except torch.OutOfMemoryError:  # a sample makes do with less
+            torch.cuda.empty_cache()
+            return sample(case, device)
         if window is not None:
             return window
         logger.warning("linear %s: the vendor's bits are not those of its certificate, which is ignored", case)
@@ -51,17 +55,20 @@ def settle(case: Case, device: torch.device) -> Window | None:
 
 
 def _confirmed(case: Case, device: torch.device, certificate: Certificate, window: Window) -> Window | None:
-    """A certificate's window, and as far beyond it as a sample shows; None where the vendor is seen to be another."""
+    """A certificate's window, and as far beyond it as a sample shows; None where the vendor is seen to be another.
+
+    Raises:
+        torch.OutOfMemoryError: the operands and results do not fit into the device's memory.
+    """
     repeated = {min(max(size, window.floor), window.cap) for size in REPEATED}
-    if certificate.kernels:
-        proven = {bytes.fromhex(kernel) for kernel in certificate.kernels}
-        if not _kernels(case, device, repeated) <= proven:
-            return None
-        cublaslt.restrict(_shape(case, device), 0, proven)
+    proven = frozenset(map(bytes.fromhex, certificate.kernels))
+    if proven and not _kernels(case, device, repeated) <= proven:
+        return None
     # vLLM's steps may be longer than what was proven, and there our kernel would run
     larger = _sizes(case, device, above=window.cap) if device.type == "cuda" else []
-    if larger and not certificate.kernels:
-        cublaslt.restrict(_shape(case, device), window.cap, _kernels(case, device, larger))
+    if proven or larger:
+        every = 0 if proven else window.cap
+        cublaslt.restrict(_shape(case, device), every, proven | _kernels(case, device, larger))
     if all(verdicts := compare(case, device, sorted(repeated | {*larger}))):
         return dataclasses.replace(window, cap=max([window.cap, *larger]))
     return window if all(verdicts[: len(repeated)]) else None

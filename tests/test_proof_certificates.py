@@ -180,6 +180,7 @@ class TestKeptSample:
     def machine(self, monkeypatch):
         self.kernels = {size: b"large" if size > 300 else b"small" for size in range(1, 20000)}
         self.wrong: set[int] = set()
+        self.room = 20000
         self.compared: list[list[int]] = []
         monkeypatch.setattr(certificates, "machine", lambda device: {"device": "made up"})
         monkeypatch.setattr(cublaslt, "ranks", lambda *of: ())
@@ -188,6 +189,8 @@ class TestKeptSample:
         monkeypatch.setattr(proving, "compare", self.compare)
 
     def compare(self, case, device, sizes):
+        if max(sizes) > self.room:
+            raise torch.OutOfMemoryError
         self.compared.append(list(sizes))
         return [size not in self.wrong for size in sizes]
 
@@ -228,6 +231,16 @@ class TestKeptSample:
         monkeypatch.setattr(certificates, "save", Mock(side_effect=PermissionError))
         window = self.settle()
         assert self.settle() == window and [len(sizes) for sizes in self.compared] == [window.tried]
+
+    def test_where_memory_is_short_at_the_next_start_less_is_compared_and_at_one_with_more_the_rest(self, caplog):
+        window = self.settle()
+        self.room = 3000
+        assert self.settle().cap == 2048 and self.compared[-1][-1] == 2048
+        self.room = 20000
+        self.kernels |= {size: b"largest" for size in range(6000, 20000)}
+        again = self.settle()
+        assert (again.floor, again.cap) == (1, window.cap) and not caplog.records
+        assert cublaslt._allowed == {proving._shape(CASE, self.GPU): (0, {b"small", b"large", b"largest"})}
 
     def test_one_whose_kernels_cannot_be_read_is_ignored(self, cache, caplog):
         window = self.settle()
