@@ -45,9 +45,9 @@ def settle(case: Case, device: torch.device) -> Window | None:
             return None
         try:
             window = _confirmed(case, device, certificate, certificate.window)
-        except torch.OutOfMemoryError:  # a sample makes do with less
+        except torch.OutOfMemoryError:  # a sample makes do with less, and is no better than what is kept
             torch.cuda.empty_cache()
-            return sample(case, device)
+            return sample(case, device, keep=False)
         if window is not None:
             return window
         logger.warning("linear %s: the vendor's bits are not those of its certificate, which is ignored", case)
@@ -74,7 +74,7 @@ def _confirmed(case: Case, device: torch.device, certificate: Certificate, windo
     return window if all(verdicts[: len(repeated)]) else None
 
 
-def sample(case: Case, device: torch.device) -> Window | None:
+def sample(case: Case, device: torch.device, keep: bool = True) -> Window | None:
     """The window over a sample of M; a GPU's is kept, as its kernels tell what of the M between was proven."""
     begin = time.perf_counter()
     sizes = _sizes(case, device) or [1]
@@ -92,7 +92,7 @@ def sample(case: Case, device: torch.device) -> Window | None:
     kernels = _kernels(case, device, sizes)
     if kernels:
         cublaslt.restrict(_shape(case, device), 0, kernels)
-    if kernels and all(verdicts):
+    if keep and kernels and all(verdicts):
         names = tuple(sorted(kernel.hex() for kernel in kernels))
         _keep(case, device, Certificate(sizes[-1], (), window, time.perf_counter() - begin, names))
     return window
@@ -130,7 +130,8 @@ def _kernels(case: Case, device: torch.device, sizes: Iterable[int]) -> frozense
     """Those of the vendor's that run at these numbers of rows, as far as it tells."""
     if device.type != "cuda":
         return frozenset()
-    found = {vendor_gemm.kernel(_shape(case, device), size) for size in sizes}
+    shape = _shape(case, device)
+    found = {vendor_gemm.kernel(shape, size) for size in sizes}
     return frozenset(kernel for kernel in found if kernel is not None)
 
 

@@ -232,8 +232,15 @@ class TestKeptSample:
         window = self.settle()
         assert self.settle() == window and [len(sizes) for sizes in self.compared] == [window.tried]
 
-    def test_where_memory_is_short_at_the_next_start_less_is_compared_and_at_one_with_more_the_rest(self, caplog):
+    def test_where_memory_is_short_at_a_start_what_was_kept_before_it_stays(self, caplog):
         window = self.settle()
+        self.room = 3000
+        assert self.settle().cap == 2048 and self.compared[-1][-1] == 2048
+        self.room = 20000
+        assert self.settle() == window and self.compared == [list(proving.REPEATED)] and not caplog.records
+
+    def test_where_memory_was_short_at_the_first_start_one_with_more_compares_the_rest(self, caplog):
+        window = Window(1, 16384, len(proving.SAMPLE))
         self.room = 3000
         assert self.settle().cap == 2048 and self.compared[-1][-1] == 2048
         self.room = 20000
