@@ -36,6 +36,8 @@ WGMMA_ROWS = 64
 """Rows of the first operand that wgmma multiplies at once, per warp group."""
 GENERAL_BYTES = 192 * 1024
 """Of shared memory for a tile that runs instead of a specialised one."""
+GENERAL_SUMS, SUMS_A_THREAD = 128 * 256, 128
+"""Of such a tile, and of each of its threads."""
 ALIGNMENT = 1024
 """Bytes that may be lost between a specialised tile's operands."""
 MULTIPROCESSOR_BYTES, MULTIPROCESSOR_REGISTERS = 228 * 1024, 65536
@@ -88,10 +90,10 @@ class Tile:
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= high:
                 raise ValueError(f"a tile's {name} is {value!r}: a whole number from 1 to {high} is needed")
-        if special and (self.warps != self.fed // 16 or self.wide > 128 or self.stages < 2):
+        if special and (self.warps not in {max(4, self.fed // rows) for rows in (16, 32)} or self.stages < 2):
             raise ValueError(
                 f"a specialised tile of {self.wide} rows for wgmma has {self.warps} warps and {self.stages} stages: "
-                "at most 128 rows, a warp for 16 of them but 4 at least, and 2 stages are needed"
+                "a warp for 16 or 32 rows but 4 at least, and 2 stages are needed"
             )
 
     @property
@@ -126,11 +128,13 @@ class Tile:
         if self.form != SPECIALISED:
             return self
         thin, k = max(16, 1 << (self.thin - 1).bit_length()), min(256, self.k)
+        thin = min(thin, GENERAL_SUMS // self.fed)
+        warps = max(self.warps, self.fed * thin // (32 * SUMS_A_THREAD))
         m, n = (thin, self.fed) if self.swap else (self.fed, thin)
         while 2 * (m + n) * k * 2 > GENERAL_BYTES:
             k //= 2
         stages = min(8, GENERAL_BYTES // ((m + n) * k * 2))
-        return Tile(m, n, k, self.warps, stages, self.group, self.swap, COPYING)
+        return Tile(m, n, k, warps, stages, self.group, self.swap, COPYING)
 
     @property
     def stays(self) -> bool:

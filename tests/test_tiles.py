@@ -166,8 +166,8 @@ def test_a_tile_that_stays_counts_its_result_and_leaves_room_for_as_many_as_fit(
     "changes, said",
     [
         (
-            {"n": 256, "warps": 16},
-            "a specialised tile of 256 rows for wgmma has 16 warps and 4 stages: at most 128",
+            {"n": 256, "warps": 4},
+            "a specialised tile of 256 rows for wgmma has 4 warps and 4 stages: a warp for 16 or 32 rows",
         ),
         ({"warps": 8}, "a specialised tile of 32 rows for wgmma has 8 warps"),
         ({"stages": 1}, "4 warps and 1 stages"),
@@ -194,13 +194,14 @@ def test_a_specialised_tiles_thin_side_is_made_of_one_or_two_powers_of_two(thin,
 
 
 @pytest.mark.parametrize("swap", [False, True])
-@pytest.mark.parametrize("wide, thin, k", [(16, 8, 64), (64, 32, 128), (128, 192, 64), (128, 256, 512)])
+@pytest.mark.parametrize("wide, thin, k", [(16, 8, 64), (64, 32, 128), (128, 192, 64), (128, 256, 512), (256, 160, 64)])
 def test_a_specialised_tile_has_a_copying_one_for_where_it_does_not_serve(swap, wide, thin, k):
     m, n = (thin, wide) if swap else (wide, thin)
     tile = Tile(m, n, k, max(4, wide // 16), 2, swap=swap, form=tiles.SPECIALISED)
     general = tile.general
     assert (general.form, general.swap, general.general) == (tiles.COPYING, swap, general)
     assert general.wide == tile.fed and general.stages >= 2
+    assert general.m * general.n <= 128 * 32 * general.warps
     assert general.shared_memory() <= SHARED_MEMORY[9, 0] * 1024
 
 

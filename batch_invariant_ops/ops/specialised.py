@@ -40,6 +40,8 @@ except ImportError:  # no Triton, or one without Gluon for this card
 
 logger = logging.getLogger(__name__)
 COPYING_REGISTERS = 40
+LAID_OUT = 64 * 64
+"""Elements of a tile from which on it is written by the copy engine."""
 narrow = False
 """Whether wgmma may be fed rows beyond a tile's own: from Triton 3.8 on, a view may not reach beyond its memory."""
 _failed = False
@@ -50,6 +52,7 @@ if gluon is not None:
     # their names changed between 3.6 and 3.9
     _barrier = getattr(gl, "thread_barrier", None) or gl.barrier
     _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+    _write = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
     _view = getattr(gl.shared_memory_descriptor, "_reinterpret", None) or gl.shared_memory_descriptor.reinterpret
 
     @gluon.jit
@@ -99,11 +102,21 @@ if gluon is not None:
         gl.store(at, sums.to(c_ptr.dtype.element_ty), mask=inside)
 
     @gluon.jit
+    def _lay_out(
+        sums, bias_ptr, out, thin_at, N, THIN: gl.constexpr, HAS_BIAS: gl.constexpr, SUMS: gl.constexpr
+    ):  # fmt: skip
+        """The sums [WIDE, THIN], with the bias, rounded, in shared memory."""
+        if HAS_BIAS:
+            columns = thin_at + gl.arange(0, THIN, gl.SliceLayout(0, SUMS))
+            sums += gl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(gl.float32)[None, :]
+        out.store(sums.to(out.dtype))
+
+    @gluon.jit
     def _multiply(
-        wide, thin, more, full, empty, bias_ptr, c_ptr, wide_at, thin_at, steps, M, N,
+        wide, thin, more, full, empty, bias_ptr, c_ptr, c_of, more_c_of, wide_at, thin_at, steps, M, N,
         WIDE: gl.constexpr, FED: gl.constexpr, THIN: gl.constexpr, MORE: gl.constexpr,
         LINES: gl.constexpr, STAGES: gl.constexpr,
-        SWAP: gl.constexpr, HAS_BIAS: gl.constexpr, LAYOUT: gl.constexpr, WARPS: gl.constexpr,
+        SWAP: gl.constexpr, HAS_BIAS: gl.constexpr, LAID: gl.constexpr, LAYOUT: gl.constexpr, WARPS: gl.constexpr,
     ):  # fmt: skip
         """The multiplying warps: a block's steps are all in flight before those of the block before are waited for."""
         SUMS: gl.constexpr = gl.NVMMADistributedLayout(
@@ -144,21 +157,36 @@ if gluon is not None:
                 phase ^= 1
         if MORE:
             sums, more_sums = warpgroup_mma_wait(0, deps=[sums, more_sums])
-            _store(
-                more_sums, bias_ptr, c_ptr, wide_at, thin_at + THIN, M, N,
-                WIDE, FED, MORE, SWAP, HAS_BIAS, MORE_SUMS,
-            )  # fmt: skip
         else:
             sums = warpgroup_mma_wait(0, deps=[sums])
-        _store(sums, bias_ptr, c_ptr, wide_at, thin_at, M, N, WIDE, FED, THIN, SWAP, HAS_BIAS, SUMS)
+        if LAID:
+            _barrier()  # until then another warp may read operands
+            out = _view(wide, ELEMENT, [WIDE, THIN], c_of.layout)
+            _lay_out(sums, bias_ptr, out, thin_at, N, THIN, HAS_BIAS, SUMS)
+            if MORE:
+                more_out = _view(more, ELEMENT, [WIDE, MORE], more_c_of.layout)
+                _lay_out(more_sums, bias_ptr, more_out, thin_at + THIN, N, MORE, HAS_BIAS, MORE_SUMS)
+            fence_async_shared()
+            _barrier()
+            _write(c_of, [wide_at, thin_at], out)
+            if MORE:
+                _write(more_c_of, [wide_at, thin_at + THIN], more_out)
+            tma.store_wait(0)
+        else:
+            if MORE:
+                _store(
+                    more_sums, bias_ptr, c_ptr, wide_at, thin_at + THIN, M, N,
+                    WIDE, FED, MORE, SWAP, HAS_BIAS, MORE_SUMS,
+                )  # fmt: skip
+            _store(sums, bias_ptr, c_ptr, wide_at, thin_at, M, N, WIDE, FED, THIN, SWAP, HAS_BIAS, SUMS)
 
     @gluon.jit(do_not_specialize=["M", "N", "steps", "wide_tiles"])
     def _specialised_kernel(
-        wide_of, thin_of, more_of, bias_ptr, c_ptr, M, N, steps, wide_tiles,
+        wide_of, thin_of, more_of, bias_ptr, c_ptr, c_of, more_c_of, M, N, steps, wide_tiles,
         WIDE: gl.constexpr, FED: gl.constexpr, THIN: gl.constexpr, MORE: gl.constexpr,
         LINES: gl.constexpr, STAGES: gl.constexpr,
-        BEHIND: gl.constexpr, SWAP: gl.constexpr, HAS_BIAS: gl.constexpr, COPYING_WARP: gl.constexpr,
-        num_warps: gl.constexpr,
+        BEHIND: gl.constexpr, SWAP: gl.constexpr, HAS_BIAS: gl.constexpr, LAID: gl.constexpr,
+        COPYING_WARP: gl.constexpr, num_warps: gl.constexpr,
     ):  # fmt: skip
         """c [M, N] = round(bias[n] + sum over k ascending of a[m, k]·w[n, k]); of the operands, one is wide_of.
 
@@ -188,8 +216,8 @@ if gluon is not None:
             [
                 (
                     _multiply,
-                    (wide, thin, more, full, empty, bias_ptr, c_ptr, wide_at, thin_at, steps, M, N,
-                     WIDE, FED, THIN, MORE, LINES, STAGES, SWAP, HAS_BIAS, LAYOUT, num_warps),
+                    (wide, thin, more, full, empty, bias_ptr, c_ptr, c_of, more_c_of, wide_at, thin_at, steps, M, N,
+                     WIDE, FED, THIN, MORE, LINES, STAGES, SWAP, HAS_BIAS, LAID, LAYOUT, num_warps),
                 ),
                 (_copy, (wide_of, thin_of, more_of, wide, thin, more, full, empty, wide_at, thin_at, steps,
                          WIDE, THIN, MORE, LINES, STAGES)),
@@ -222,12 +250,27 @@ def call(
     ]
     wide_tiles = -(-wide.shape[0] // tile.wide)
     programs = wide_tiles * -(-thin.shape[0] // tile.thin)
-    operands = (*described, bias, c, *c.shape, -(-x.shape[1] // tile.k), wide_tiles)
+    written = [described[0]] * 2  # nobody looks at these
+    if laid := _is_laid_out(tile):
+        kind = gl.bfloat16 if c.dtype == torch.bfloat16 else gl.float16
+        blocks = [[tile.wide, width] for width in (larger, smaller or larger)]
+        written = [
+            Descriptor(c, [*c.shape], [row_step(c), 1], block, gl.NVMMASharedLayout.get_default_for(block, kind))
+            for block in blocks
+        ]
+    operands = (*described, bias, c, *written, *c.shape, -(-x.shape[1] // tile.k), wide_tiles)
     return _specialised_kernel, (programs, 1), operands, {
         "WIDE": tile.wide, "FED": tile.fed, "THIN": larger, "MORE": smaller, "LINES": tile.k // LINE,
         "STAGES": tile.stages, "BEHIND": tile.behind, "SWAP": tile.swap, "HAS_BIAS": bias is not None,
-        "COPYING_WARP": COPYING_REGISTERS, "num_warps": tile.warps,
+        "LAID": laid, "COPYING_WARP": COPYING_REGISTERS, "num_warps": tile.warps,
     }  # fmt: skip
+
+
+def _is_laid_out(tile: Tile) -> bool:
+    """Whether the copy engine writes the tile: a large one of rows of c that has room for it among its operands."""
+    room = tile.stages * tile.k
+    fits = tile.thin <= room and (len(tile.thin_parts) == 1 or tile.wide <= room)
+    return not tile.swap and tile.wide == tile.fed and tile.m * tile.n >= LAID_OUT and fits
 
 
 def give_up(error: Exception) -> None:

@@ -19,7 +19,9 @@ FEW_ROWS, COPYING_FEW = 64, 10
 """With fewer rows the weights are waited for, however they come: then so many of all candidates copy."""
 SPECIALISED_ROWS, SPECIALISED_WAVES, SPECIALISED_FEW, FIRST = 512, 2, 20, 12
 """With more rows a specialised tile has something to gain in few waves alone; so many come after so many others."""
-SPECIALISED_THIN = tuple(size for size in range(8, 193, 8) if size.bit_count() <= 2)
+SPECIALISED_THIN = tuple(size for size in range(8, 257, 8) if size.bit_count() <= 2)
+SPECIALISED_LARGE, SPECIALISED_ACCUMULATORS = 64, 192
+"""With a thin side from there on, a warp has 32 rows instead of 16, and so many sums in each thread at most."""
 IN_FLIGHT = 8
 """Groups of a block's wgmmas that are not waited for."""
 SPECIALISED_BYTES_PER_CLOCK, CHAINED, FEEDING = 70, 24, 16
@@ -103,15 +105,21 @@ def _specialised(m: int, n: int, k: int, card: Card) -> list[Tile]:
     enough = next((thin for thin in SPECIALISED_THIN if thin >= m), SPECIALISED_THIN[-1])
     found = []
     for wide, thin, depth, swap in itertools.product(
-        (16, 32, 64, 128), SPECIALISED_THIN, (64, 128, 256, 512), (False, True)
+        (16, 32, 64, 128, 256), SPECIALISED_THIN, (64, 128, 256, 512), (False, True)
     ):
+        large = thin >= SPECIALISED_LARGE and not swap
+        warps = max(4, wide // (32 if large else 16))
+        if wide * thin > SPECIALISED_ACCUMULATORS * 32 * warps or (wide > 128 and not large):
+            continue
         height, width = (thin, wide) if swap else (wide, thin)
+        if swap and m > SPECIALISED_ROWS:
+            continue
         if depth > k or height > (enough if swap else max(rows, 16)) or (rows <= 64 and height < rows // 2):
             continue
         programs = -(-m // height) * -(-n // width)
         if m > SPECIALISED_ROWS and programs > SPECIALISED_WAVES * card.multiprocessors:
             continue
-        bare = Tile(height, width, depth, max(4, wide // 16), 2, swap=swap, form=SPECIALISED)
+        bare = Tile(height, width, depth, warps, 2, swap=swap, form=SPECIALISED)
         if len(bare.thin_parts) * depth // LINE > IN_FLIGHT or not specialised.serves(bare, k, card.capability):
             continue
         for share in (1, 2) if programs > card.multiprocessors else (1,):

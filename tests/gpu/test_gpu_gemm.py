@@ -40,6 +40,10 @@ SPECIALISED = [
     tiles.Tile(m=32, n=40, k=128, warps=4, stages=8, form=tiles.SPECIALISED),
     tiles.Tile(m=128, n=80, k=64, warps=8, stages=5, form=tiles.SPECIALISED),
     tiles.Tile(m=192, n=128, k=64, warps=8, stages=5, swap=True, form=tiles.SPECIALISED),
+    tiles.Tile(m=64, n=144, k=128, warps=4, stages=4, form=tiles.SPECIALISED),
+    tiles.Tile(m=64, n=256, k=64, warps=4, stages=2, form=tiles.SPECIALISED),
+    tiles.Tile(m=128, n=128, k=64, warps=4, stages=6, form=tiles.SPECIALISED),
+    tiles.Tile(m=256, n=160, k=64, warps=8, stages=4, form=tiles.SPECIALISED),
 ]
 
 

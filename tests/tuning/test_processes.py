@@ -74,6 +74,8 @@ SPECIAL = [
     Tile(m=32, n=128, k=64, warps=8, stages=8, swap=True, form=SPECIALISED),
     Tile(m=32, n=40, k=128, warps=4, stages=8, form=SPECIALISED),
     Tile(m=192, n=128, k=64, warps=8, stages=5, swap=True, form=SPECIALISED),
+    Tile(m=64, n=144, k=128, warps=4, stages=4, form=SPECIALISED),
+    Tile(m=256, n=160, k=64, warps=8, stages=4, form=SPECIALISED),
 ]
 needs_triton = pytest.mark.skipif(matmul.triton is None or sys.platform != "linux", reason="needs Triton")
 
