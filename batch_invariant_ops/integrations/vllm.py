@@ -14,6 +14,7 @@ invariant never answers.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
@@ -29,6 +30,8 @@ SEAM_BY_RELEASE = {
     "0.26.0": "vllm.model_executor.layers.batch_invariant",
     "0.32.0": "vllm.model_executor.determinism.batch_invariant",
 }
+LOADED_AHEAD_OF_TIME = ("0.19.1", "0.26.0")
+"""Releases for which a GPU's server was seen to have the same bits with what it had not compiled itself."""
 USERS_OF_THE_SEAM = (
     "vllm.model_executor.layers.linear",
     "vllm.model_executor.layers.layernorm",
@@ -108,8 +111,21 @@ def _patch_envs(envs: ModuleType) -> None:
     # vLLM's compile cache is keyed by its environment variables: an entry of our own keeps a graph that was compiled
     # with another version of these kernels from being used again.
     envs.environment_variables["VLLM_BATCH_INVARIANT_OPS"] = lambda: __version__
-    if os.environ.get("VLLM_USE_AOT_COMPILE") == "1":  # which vLLM's mode would turn off, also where it was asked for
-        envs.environment_variables["VLLM_USE_AOT_COMPILE"] = lambda: True
+    asked = os.environ.get("VLLM_USE_AOT_COMPILE")
+    envs.environment_variables["VLLM_USE_AOT_COMPILE"] = lambda: _ahead_of_time(asked, envs)
+
+
+def _ahead_of_time(asked: str | None, envs: ModuleType) -> bool:
+    """Whether a start takes what another compiled and traced, as plain vLLM's does and its mode's does not.
+
+    That spares a start of a model of 32 layers some 5 s of tracing. vLLM keeps it by the same key as its compile cache,
+    and drops it when a file that was traced has changed.
+    """
+    import torch
+
+    if asked is not None:
+        return asked == "1"
+    return _release() in LOADED_AHEAD_OF_TIME and torch.version.cuda is not None and not envs.disable_compile_cache()
 
 
 def _patch_config(config: ModuleType) -> None:
@@ -453,7 +469,14 @@ def _init_batch_invariance(*args: Any, **kwargs: Any) -> None:
     """Stands in for vLLM's function of this name, which a worker calls before it touches its device."""
     _require()
     seam = sys.modules[str(_seam())]
+    asked = os.environ.get("VLLM_USE_AOT_COMPILE")
     seam.override_envs_for_invariance(*args, **kwargs)
+    os.environ.pop("VLLM_USE_AOT_COMPILE", None)  # what it sets there would count as the user's in a child
+    if asked is not None:
+        os.environ["VLLM_USE_AOT_COMPILE"] = asked
+    # What was imported stays. Until vLLM freezes it, once its engine is made, it looks through all of it for garbage
+    # some ten times, 0.3 s each.
+    gc.freeze()
     _enable()
 
 

@@ -298,16 +298,31 @@ def test_flex_attention_may_be_compiled_for_more_kinds_of_batches_than_vllm_lets
 
 
 AHEAD_OF_TIME = """
+import os, torch
 import vllm.envs as envs
 from vllm.model_executor.determinism import batch_invariant
-batch_invariant.override_envs_for_invariance()
+from batch_invariant_ops.integrations import vllm as integration
+integration._enable = lambda: None
+batch_invariant.init_batch_invariance()
+print(envs.VLLM_USE_AOT_COMPILE, os.environ.get("VLLM_USE_AOT_COMPILE"))
+integration._release = lambda: "0.26.0"
+torch.version.cuda = "13.0"
 print(envs.VLLM_USE_AOT_COMPILE)
 """
 
 
 @needs_vllm
-@pytest.mark.parametrize("asked", [{}, {"VLLM_USE_AOT_COMPILE": "0"}, {"VLLM_USE_AOT_COMPILE": "1"}], ids=str)
-def test_who_asks_for_compilation_ahead_of_time_has_it_and_nobody_else(asked):
-    """vLLM's mode turns it off, also where it was asked for."""
+@pytest.mark.parametrize(
+    "asked, here, on_a_gpu",
+    [
+        ({}, "False None", "True"),
+        ({"VLLM_USE_AOT_COMPILE": "0"}, "False 0", "False"),
+        ({"VLLM_USE_AOT_COMPILE": "1"}, "True 1", "True"),
+        ({"VLLM_DISABLE_COMPILE_CACHE": "1"}, "False None", "False"),
+    ],
+    ids=str,
+)
+def test_compilation_ahead_of_time_is_for_who_asks_and_where_it_is_known_to_hold(asked, here, on_a_gpu):
+    """vLLM's mode turns it off, also where it was asked for, and in the environment of every child."""
     done = python(AHEAD_OF_TIME, BATCH_INVARIANT="1", **asked)
-    assert done.stdout == f"{'1' in asked.values()}\n", done.stderr
+    assert done.stdout.splitlines() == [here, on_a_gpu], done.stderr
