@@ -87,6 +87,7 @@ JOBS = {
         "--workloads step-513 step-700 step-1040 step-2000",
         10,
     ),
+    "starts": job("benchmarks/starts.py --model {model} --out {out}", 10, "PASS"),
     "contexts": job(
         "benchmarks/serving.py --model {model} --kv-cache-gib 20 --out {out}/contexts --rounds 3 "
         "--workloads 1x2k 1x8k 1x32k 1x64k 4x32k",

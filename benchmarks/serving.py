@@ -15,6 +15,7 @@ the ratios to plain vLLM, by release (serving.json, in which other releases, wor
 import argparse
 import contextlib
 import csv
+import hashlib
 import json
 import os
 import random
@@ -117,6 +118,49 @@ class System:
         assert all(len(answer.outputs[0].token_ids) == workload.tokens_out for answer in answers)
         return seconds
 
+    def bits(self, prompts: int, others: int, longest: int) -> dict[str, Any]:
+        """Prompts asked alone and again in a crowd, every third drawn at a temperature: tokens and logprobs compared.
+
+        Args:
+            prompts: that are asked alone, and three times each in the crowd.
+            others: that are beside them there.
+            longest: tokens of a prompt, at most.
+
+        Returns:
+            How many of the crowd's answers have the bits of those alone, of how many, and a digest of those alone.
+        """
+        from vllm import SamplingParams
+
+        generator = random.Random(5)
+
+        def prompt() -> dict[str, list[int]]:
+            return {"prompt_token_ids": generator.choices(range(2, self.vocabulary), k=generator.randint(1, longest))}
+
+        def ask(asked: list[tuple[int, dict]]) -> list[list]:
+            sampling = [
+                SamplingParams(
+                    temperature=0.8 if number % 3 == 2 else 0, seed=number, max_tokens=40, ignore_eos=True,
+                    detokenize=False, logprobs=2,
+                )
+                for number, _ in asked
+            ]  # fmt: skip
+            answers = self.llm.generate([each for _, each in asked], sampling, use_tqdm=False)
+            return [
+                [(token, sorted((at, one.logprob) for at, one in logprobs.items()))
+                 for token, logprobs in zip(answer.outputs[0].token_ids, answer.outputs[0].logprobs, strict=True)]
+                for answer in answers
+            ]  # fmt: skip
+
+        chosen = [(number, prompt()) for number in range(prompts)]
+        alone = [ask([one])[0] for one in chosen]
+        crowd = chosen * 3 + [(prompts + number, prompt()) for number in range(others)]
+        generator.shuffle(crowd)
+        same = [
+            answer == alone[number] for (number, _), answer in zip(crowd, ask(crowd), strict=True) if number < prompts
+        ]
+        digest = hashlib.sha256(json.dumps(alone).encode()).hexdigest()[:16]
+        return {"identical": sum(same), "of": len(same), "alone": digest}
+
     def profile(self, workload: Workload) -> dict[str, list[float]]:
         """Kernel name -> [calls, milliseconds] of one call; empty without a GPU, and for decoding alone."""
         import torch
@@ -172,6 +216,8 @@ def worker(answers: TextIO) -> None:
             answer = [system.versions(), system.start()]
         elif do == "generate":
             answer = system.generate(workload, ask["seed"])
+        elif do == "bits":
+            answer = system.bits(**ask)
         else:
             answer = system.profile(workload)
         print(json.dumps(answer), file=answers, flush=True)
