@@ -65,7 +65,7 @@ def _confirmed(case: Case, device: torch.device, certificate: Certificate, windo
     if proven and not _kernels(case, device, repeated) <= proven:
         return None
     # vLLM's steps may be longer than what was proven, and there our kernel would run
-    larger = _sizes(case, device, above=window.cap) if device.type == "cuda" else []
+    larger = sizes_of(case, device, above=window.cap) if device.type == "cuda" else []
     if proven or larger:
         every = 0 if proven else window.cap
         cublaslt.restrict(_shape(case, device), every, proven | _kernels(case, device, larger))
@@ -77,7 +77,7 @@ def _confirmed(case: Case, device: torch.device, certificate: Certificate, windo
 def sample(case: Case, device: torch.device, keep: bool = True) -> Window | None:
     """The window over a sample of M; a GPU's is kept, as its kernels tell what of the M between was proven."""
     begin = time.perf_counter()
-    sizes = _sizes(case, device) or [1]
+    sizes = sizes_of(case, device) or [1]
     while True:
         try:
             verdicts = compare(case, device, sizes)
@@ -106,8 +106,8 @@ def _keep(case: Case, device: torch.device, certificate: Certificate) -> None:
         logger.debug("linear %s: its proof is not kept: %s", case, error)
 
 
-def _sizes(case: Case, device: torch.device, above: int = 0) -> list[int]:
-    """The sizes of the sample whose result is not too large for a start, and one for each kernel that runs at no other.
+def sizes_of(case: Case, device: torch.device, above: int = 0) -> list[int]:
+    """A start's sample: sizes whose result is not too large for it, and one for each kernel that runs at no other.
 
     So where a GPU's vendor tells which kernel it runs, none goes unseen, however the sizes are spread.
     """

@@ -387,7 +387,7 @@ class TestEachKernel:
     def sizes(self, monkeypatch, kernel, sizes, above=0):
         monkeypatch.setattr(vendor_gemm, "kernel", lambda shape, size: kernel(size))
         monkeypatch.setattr(proving, "SAMPLE", sizes)
-        return proving._sizes(self.CASE, self.GPU, above)
+        return proving.sizes_of(self.CASE, self.GPU, above)
 
     def test_a_kernel_that_none_of_them_runs_is_added_once(self, monkeypatch):
         kernels = {700: b"b", 704: b"b", 768: b"c", 832: b"c", 896: b"b"}
@@ -413,7 +413,7 @@ class TestEachKernel:
 
     def test_on_a_cpu_nothing_is_asked(self, monkeypatch):
         monkeypatch.delattr(vendor_gemm, "kernel")
-        assert proving._sizes(self.CASE, CPU) == [1, 2, 3, 4, 8, 16, 32, 64, 80]
+        assert proving.sizes_of(self.CASE, CPU) == [1, 2, 3, 4, 8, 16, 32, 64, 80]
 
     def test_a_vendor_that_lies_by_one_kernel_between_the_sizes_is_found(self, monkeypatch):
         """Of the sample's own sizes none is near 4800; the kernel that lies runs there alone."""

@@ -17,8 +17,10 @@ ALIKE_PLAIN, ALIKE_COPYING = 2, 3
 """Instead, of one size, order and form, where there are several forms."""
 FEW_ROWS, COPYING_FEW = 64, 10
 """With fewer rows the weights are waited for, however they come: then so many of all candidates copy."""
-SPECIALISED_ROWS, SPECIALISED_WAVES, SPECIALISED_FEW, FIRST = 512, 2, 20, 12
-"""With more rows a specialised tile has something to gain in few waves alone; so many come after so many others."""
+SPECIALISED_ROWS, SPECIALISED_WAVES, SPECIALISED_FEW = 512, 2, 20
+FIRST, FIRST_MANY = 12, 4
+"""With more rows a specialised tile has something to gain in few waves alone, but then is the fastest of all. So many
+come after so many others, the second number with many rows."""
 SPECIALISED_THIN = tuple(size for size in range(8, 257, 8) if size.bit_count() <= 2)
 SPECIALISED_LARGE, SPECIALISED_ACCUMULATORS = 64, 192
 """With a thin side from there on, a warp has 32 rows instead of 16, and so many sums in each thread at most."""
@@ -94,7 +96,8 @@ def candidates(m: int, n: int, k: int, card: Card, limit: int = LIMIT) -> list[T
         if len(special) < SPECIALISED_FEW and seen[size] < TWINS:
             seen[size] += 1
             special.append(tile)
-    return chosen[:FIRST] + special + chosen[FIRST:] + regrouped
+    first = FIRST_MANY if m > SPECIALISED_ROWS else FIRST
+    return chosen[:first] + special + chosen[first:] + regrouped
 
 
 def _specialised(m: int, n: int, k: int, card: Card) -> list[Tile]:

@@ -50,8 +50,10 @@ class TestCandidates:
     )
     def test_there_is_a_tile_for_each_multiprocessor_and_no_more(self, m, n, k, tile):
         """These were the fastest on an H200, where others left multiprocessors idle or took a second turn."""
-        first = next(tile for tile in candidates(m, n, k, H100) if tile.form == SPECIALISED)
-        assert (first.m, first.n) == tile
+        found = candidates(m, n, k, H100)
+        first = next(number for number, tile in enumerate(found) if tile.form == SPECIALISED)
+        assert (found[first].m, found[first].n) == tile
+        assert first <= 4  # a search that is short of time measures the first ones alone
 
     def test_are_of_many_sizes(self):
         assert len({(tile.m, tile.n, tile.swap) for tile in candidates(64, 4096, 4096, H100)}) >= 6
