@@ -352,6 +352,19 @@ def add_to(path: Path, versions: dict[str, Any], starts: dict, workloads: dict) 
     path.write_text(text + "\n", encoding="utf-8")
 
 
+def engine_of(arguments: argparse.Namespace, max_model_len: int) -> dict[str, Any]:
+    """vLLM's arguments of every system, of which several share a card."""
+    engine = {
+        "model": arguments.model,
+        "max_model_len": max_model_len,
+        "gpu_memory_utilization": 0.28,
+        "kv_cache_memory_bytes": int(arguments.kv_cache_gib * 2**30),
+    }
+    if arguments.attention_backend != "auto":
+        engine["attention_backend"] = arguments.attention_backend
+    return engine
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -376,14 +389,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     asked = [ALL[name] for name in arguments.workloads]
     longest = max(8192, *(workload.tokens_in + workload.tokens_out for workload in asked))
-    engine = {
-        "model": arguments.model,
-        "max_model_len": arguments.max_model_len or longest,
-        "gpu_memory_utilization": 0.28,
-        "kv_cache_memory_bytes": int(arguments.kv_cache_gib * 2**30),
-    }
-    if arguments.attention_backend != "auto":
-        engine["attention_backend"] = arguments.attention_backend
+    engine = engine_of(arguments, arguments.max_model_len or longest)
     workers = [Worker(name, arguments.out / f"serving-{name}.log") for name in arguments.systems]
     try:
         for one in workers:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rounds import kept
-from serving import ATTENTION, KIT, PLAIN, ROOT, Worker
+from serving import ATTENTION, KIT, PLAIN, ROOT, Worker, engine_of
 
 COLD, WARM, TRACED = "nothing compiled", "warm caches", "warm caches, traced anew"
 CACHES = ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "BATCH_INVARIANT_CACHE")
@@ -62,14 +62,7 @@ def main() -> int:
     parser.add_argument("--longest", type=int, default=900, help="tokens of a prompt (default: %(default)s)")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    engine = {
-        "model": arguments.model,
-        "max_model_len": arguments.max_model_len,
-        "gpu_memory_utilization": 0.28,
-        "kv_cache_memory_bytes": int(arguments.kv_cache_gib * 2**30),
-    }
-    if arguments.attention_backend != "auto":
-        engine["attention_backend"] = arguments.attention_backend
+    engine = engine_of(arguments, arguments.max_model_len)
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {name: str(Path(folder) / name.lower()) for name in CACHES}
         rows = starts(arguments, engine, arguments.out)
