@@ -9,6 +9,10 @@ Tensors have powers of two as sizes. So that a tile can be as long as M is, or a
 multiprocessor, its thin side may be two of them, each with sums of its own: 192 rows are 128 and 64, 80 columns 64 and
 16.
 
+A large tile of rows of c is laid out in the memory of its operands at last, and the copy engine writes it. Out of
+wgmma's registers four threads write 16 bytes of a row at a time, which for K = 896 took an H200 nearly as long as all
+else.
+
 K ascends in one accumulator, in steps of 16, as in every other form: the bits are the same. Written in Gluon, Triton's
 lower language, of which releases differ; where it does not serve, the copying form runs. The scheme is that of
 CUTLASS's warp-specialised kernels (github.com/NVIDIA/cutlass, ``sm90_mma_tma_gmma_ss_warpspecialized.hpp``).
@@ -41,7 +45,7 @@ except ImportError:  # no Triton, or one without Gluon for this card
 logger = logging.getLogger(__name__)
 COPYING_REGISTERS = 40
 LAID_OUT = 64 * 64
-"""Elements of a tile from which on it is written by the copy engine."""
+"""Elements of a tile from which on it is written by the copy engine; smaller ones were not tried enough."""
 narrow = False
 """Whether wgmma may be fed rows beyond a tile's own: from Triton 3.8 on, a view may not reach beyond its memory."""
 _failed = False
@@ -191,9 +195,9 @@ if gluon is not None:
         """c [M, N] = round(bias[n] + sum over k ascending of a[m, k]·w[n, k]); of the operands, one is wide_of.
 
         A tile has WIDE of its rows, of which wgmma is fed FED, and THIN + MORE of the other's, MORE of which come by a
-        description of their own; a block along K has LINES times 64. All operands are described as [K / 64, rows, 64],
-        so that one copy brings a block with its lines apart, as wgmma wants to have them. BEHIND slots are for what is
-        read behind the last one.
+        description of their own, and where the tile is LAID out go by one; a block along K has LINES times 64. All
+        operands are described as [K / 64, rows, 64], so that one copy brings a block with its lines apart, as wgmma
+        wants to have them. BEHIND slots are for what is read behind the last one.
         """
         LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
         ELEMENT: gl.constexpr = c_ptr.dtype.element_ty
