@@ -106,12 +106,12 @@ def _keep(case: Case, device: torch.device, certificate: Certificate) -> None:
         logger.debug("linear %s: its proof is not kept: %s", case, error)
 
 
-def sizes_of(case: Case, device: torch.device, above: int = 0) -> list[int]:
+def sizes_of(case: Case, device: torch.device, above: int = 0, largest: int = tiles.NO_LIMIT) -> list[int]:
     """A start's sample: sizes whose result is not too large for it, and one for each kernel that runs at no other.
 
     So where a GPU's vendor tells which kernel it runs, none goes unseen, however the sizes are spread.
     """
-    sizes = [size for size in SAMPLE if size > above and size * case.n <= LARGEST_OUTPUT]
+    sizes = [size for size in SAMPLE if above < size <= largest and size * case.n <= LARGEST_OUTPUT]
     if device.type != "cuda" or not sizes:
         return sizes
     seen = _kernels(case, device, sizes)

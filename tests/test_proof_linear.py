@@ -384,10 +384,10 @@ class TestEachKernel:
     CASE = Case(N, K, torch.bfloat16)
     GPU = torch.device("cuda", 0)
 
-    def sizes(self, monkeypatch, kernel, sizes, above=0):
+    def sizes(self, monkeypatch, kernel, sizes, above=0, **bound):
         monkeypatch.setattr(vendor_gemm, "kernel", lambda shape, size: kernel(size))
         monkeypatch.setattr(proving, "SAMPLE", sizes)
-        return proving.sizes_of(self.CASE, self.GPU, above)
+        return proving.sizes_of(self.CASE, self.GPU, above, **bound)
 
     def test_a_kernel_that_none_of_them_runs_is_added_once(self, monkeypatch):
         kernels = {700: b"b", 704: b"b", 768: b"c", 832: b"c", 896: b"b"}
@@ -410,6 +410,11 @@ class TestEachKernel:
         assert self.sizes(monkeypatch, lambda size: None, [1, 2, 1000]) == [1, 2, 1000]
         assert self.sizes(monkeypatch, lambda size: b"a" if size < 600 else None, [1, 1000]) == [1, 1000]
         assert self.sizes(monkeypatch, lambda size: b"a", [1, 1000], above=1000) == []
+
+    def test_a_kernel_of_more_rows_than_are_asked_for_does_not_stand_for_one_of_fewer(self, monkeypatch):
+        kernels = {768: b"b", 1000: b"b"}
+        found = self.sizes(monkeypatch, lambda size: kernels.get(size, b"a"), [1, 512, 800, 1000], largest=900)
+        assert found == [1, 512, 768, 800]
 
     def test_on_a_cpu_nothing_is_asked(self, monkeypatch):
         monkeypatch.delattr(vendor_gemm, "kernel")

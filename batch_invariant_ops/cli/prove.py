@@ -91,7 +91,7 @@ def _prove(
             certificate = proving.exhaustively(case, device, largest, told)
             certificates.save(case, device, certificate)
         else:
-            sizes = [size for size in proving.sizes_of(case, device) if size <= largest]
+            sizes = proving.sizes_of(case, device, largest=largest)
             verdicts = proving.compare(case, device, sizes, told)
             disagree = tuple((size, size) for size, agrees in zip(sizes, verdicts, strict=True) if not agrees)
             window = window_of(sizes, verdicts, proving.LARGEST_FLOOR)
