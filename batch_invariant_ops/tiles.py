@@ -36,8 +36,10 @@ WGMMA_ROWS = 64
 """Rows of the first operand that wgmma multiplies at once, per warp group."""
 GENERAL_BYTES = 192 * 1024
 """Of shared memory for a tile that runs instead of a specialised one."""
-GENERAL_SUMS, SUMS_A_THREAD = 128 * 256, 128
-"""Of such a tile, and of each of its threads."""
+ACCUMULATORS = 128
+"""fp32 sums that a thread may hold, half of its registers; with more they spill."""
+GENERAL_SUMS = 8 * 32 * ACCUMULATORS
+"""Of a tile that runs instead of a specialised one."""
 ALIGNMENT = 1024
 """Bytes that may be lost between a specialised tile's operands."""
 MULTIPROCESSOR_BYTES, MULTIPROCESSOR_REGISTERS = 228 * 1024, 65536
@@ -129,7 +131,7 @@ class Tile:
             return self
         thin, k = max(16, 1 << (self.thin - 1).bit_length()), min(256, self.k)
         thin = min(thin, GENERAL_SUMS // self.fed)
-        warps = max(self.warps, self.fed * thin // (32 * SUMS_A_THREAD))
+        warps = max(self.warps, self.fed * thin // (32 * ACCUMULATORS))
         m, n = (thin, self.fed) if self.swap else (self.fed, thin)
         while 2 * (m + n) * k * 2 > GENERAL_BYTES:
             k //= 2

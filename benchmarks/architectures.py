@@ -214,13 +214,9 @@ class Engine:
             SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=5, detokenize=False)
             for tokens in tokens_out
         ]
-        done = self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], asked, use_tqdm=False)
-        outputs = [request.outputs[0] for request in done]
-        assert [len(output.token_ids) for output in outputs] == list(tokens_out)
-        return [
-            (list(output.token_ids), [sorted((i, one.logprob) for i, one in at.items()) for at in output.logprobs])
-            for output in outputs
-        ]
+        found = serving.answers(self.llm, prompts, asked)
+        assert [len(tokens) for tokens, _ in found] == list(tokens_out)
+        return found
 
     def compare(self, rounds: int) -> dict[str, int]:
         """How many answers there were in a crowd, and how many of them differ from those alone."""

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -85,6 +86,16 @@ STEPS = {f"step-{tokens}": Workload(1, tokens, 1) for tokens in (513, 700, 1040,
 ALL = WORKLOADS | CONTEXTS | STEPS
 
 
+def answers(llm: Any, prompts: Sequence[list[int]], sampling: list[Any]) -> list[tuple[list, list]]:
+    """Of each prompt, asked all at once: the token ids, and at each the best tokens with their logprobs."""
+    done = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+    outputs = [request.outputs[0] for request in done]
+    return [
+        (list(output.token_ids), [sorted((i, one.logprob) for i, one in at.items()) for at in output.logprobs])
+        for output in outputs
+    ]
+
+
 class System:
     """One engine, in the worker process; asked with one JSON object a line."""
 
@@ -133,10 +144,10 @@ class System:
 
         generator = random.Random(5)
 
-        def prompt() -> dict[str, list[int]]:
-            return {"prompt_token_ids": generator.choices(range(2, self.vocabulary), k=generator.randint(1, longest))}
+        def prompt() -> list[int]:
+            return generator.choices(range(2, self.vocabulary), k=generator.randint(1, longest))
 
-        def ask(asked: list[tuple[int, dict]]) -> list[list]:
+        def ask(asked: list[tuple[int, list[int]]]) -> list[tuple[list, list]]:
             sampling = [
                 SamplingParams(
                     temperature=0.8 if number % 3 == 2 else 0, seed=number, max_tokens=40, ignore_eos=True,
@@ -144,12 +155,7 @@ class System:
                 )
                 for number, _ in asked
             ]  # fmt: skip
-            answers = self.llm.generate([each for _, each in asked], sampling, use_tqdm=False)
-            return [
-                [(token, sorted((at, one.logprob) for at, one in logprobs.items()))
-                 for token, logprobs in zip(answer.outputs[0].token_ids, answer.outputs[0].logprobs, strict=True)]
-                for answer in answers
-            ]  # fmt: skip
+            return answers(self.llm, [each for _, each in asked], sampling)
 
         chosen = [(number, prompt()) for number in range(prompts)]
         alone = [ask([one])[0] for one in chosen]

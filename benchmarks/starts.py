@@ -68,16 +68,15 @@ def main() -> int:
         rows = starts(arguments, engine, arguments.out)
         first = next(rows)
         name = f"starts-{first['vllm'].split('+')[0]}.csv"
-        digests: dict[str, list[str]] = {PLAIN: [], KIT: []}
-        alike = {PLAIN: True, KIT: True}
+        done: dict[str, list[dict[str, Any]]] = {PLAIN: [], KIT: []}
         for row in kept(itertools.chain([first], rows), arguments.out / name):
             print(
                 f"{row['start']:<26} {row['system']:<6} {row['seconds']:6.1f} s  {row['identical']:3} of {row['of']} "
                 f"in the crowd as alone, {row['alone']}", flush=True,
             )  # fmt: skip
-            digests[row["system"]].append(row["alone"])
-            alike[row["system"]] &= row["identical"] == row["of"]
-    if not alike[KIT] or len(set(digests[KIT])) > 1:
+            done[row["system"]].append(row)
+    alike = {name: all(row["identical"] == row["of"] for row in rows) for name, rows in done.items()}
+    if not alike[KIT] or len({row["alone"] for row in done[KIT]}) > 1:
         print("FAIL: the kit's bits are not alike")
         return 1
     if alike[PLAIN]:

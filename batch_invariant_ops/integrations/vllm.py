@@ -111,11 +111,10 @@ def _patch_envs(envs: ModuleType) -> None:
     # vLLM's compile cache is keyed by its environment variables: an entry of our own keeps a graph that was compiled
     # with another version of these kernels from being used again.
     envs.environment_variables["VLLM_BATCH_INVARIANT_OPS"] = lambda: __version__
-    asked = os.environ.get("VLLM_USE_AOT_COMPILE")
-    envs.environment_variables["VLLM_USE_AOT_COMPILE"] = lambda: _ahead_of_time(asked, envs)
+    envs.environment_variables["VLLM_USE_AOT_COMPILE"] = lambda: _ahead_of_time(envs)
 
 
-def _ahead_of_time(asked: str | None, envs: ModuleType) -> bool:
+def _ahead_of_time(envs: ModuleType) -> bool:
     """Whether a start takes what another compiled and traced, as plain vLLM's does and its mode's does not.
 
     That spares a start of a model of 32 layers some 5 s of tracing. vLLM keeps it by the same key as its compile cache,
@@ -123,8 +122,8 @@ def _ahead_of_time(asked: str | None, envs: ModuleType) -> bool:
     """
     import torch
 
-    if asked is not None:
-        return asked == "1"
+    if "VLLM_USE_AOT_COMPILE" in os.environ:
+        return os.environ["VLLM_USE_AOT_COMPILE"] == "1"
     return _release() in LOADED_AHEAD_OF_TIME and torch.version.cuda is not None and not envs.disable_compile_cache()
 
 
@@ -471,7 +470,7 @@ def _init_batch_invariance(*args: Any, **kwargs: Any) -> None:
     seam = sys.modules[str(_seam())]
     asked = os.environ.get("VLLM_USE_AOT_COMPILE")
     seam.override_envs_for_invariance(*args, **kwargs)
-    os.environ.pop("VLLM_USE_AOT_COMPILE", None)  # what it sets there would count as the user's in a child
+    os.environ.pop("VLLM_USE_AOT_COMPILE", None)  # what it sets there would count as the user's
     if asked is not None:
         os.environ["VLLM_USE_AOT_COMPILE"] = asked
     # What was imported stays. Until vLLM freezes it, once its engine is made, it looks through all of it for garbage

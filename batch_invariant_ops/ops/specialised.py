@@ -246,23 +246,25 @@ def call(
     wide, thin = (w, x) if tile.swap else (x, w)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
     larger, smaller = (*tile.thin_parts, 0)[:2]
-    described = [
+    wide_of, *thin_of = [
         Descriptor(
             t, [t.shape[1] // LINE, t.shape[0], LINE], [LINE, row_step(t), 1], [tile.k // LINE, height, LINE], layout
         )
-        for t, height in ((wide, tile.wide), (thin, larger), (thin, smaller or larger))
+        for t, height in ((wide, tile.wide), *((thin, part) for part in tile.thin_parts))
     ]
     wide_tiles = -(-wide.shape[0] // tile.wide)
     programs = wide_tiles * -(-thin.shape[0] // tile.thin)
-    written = [described[0]] * 2  # nobody looks at these
+    c_of = [wide_of]  # nobody looks at this one
     if laid := _is_laid_out(tile):
         kind = gl.bfloat16 if c.dtype == torch.bfloat16 else gl.float16
-        blocks = [[tile.wide, width] for width in (larger, smaller or larger)]
-        written = [
+        blocks = [[tile.wide, part] for part in tile.thin_parts]
+        c_of = [
             Descriptor(c, [*c.shape], [row_step(c), 1], block, gl.NVMMASharedLayout.get_default_for(block, kind))
             for block in blocks
         ]
-    operands = (*described, bias, c, *written, *c.shape, -(-x.shape[1] // tile.k), wide_tiles)
+    # where there is one part, the second description is the first, and unused
+    described = (wide_of, thin_of[0], thin_of[-1], bias, c, c_of[0], c_of[-1])
+    operands = (*described, *c.shape, -(-x.shape[1] // tile.k), wide_tiles)
     return _specialised_kernel, (programs, 1), operands, {
         "WIDE": tile.wide, "FED": tile.fed, "THIN": larger, "MORE": smaller, "LINES": tile.k // LINE,
         "STAGES": tile.stages, "BEHIND": tile.behind, "SWAP": tile.swap, "HAS_BIAS": bias is not None,

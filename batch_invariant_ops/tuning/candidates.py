@@ -8,7 +8,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from batch_invariant_ops.ops import matmul, specialised
-from batch_invariant_ops.tiles import COPYING, FLATTENED, LINE, PLAIN, SPECIALISED, STAYING, WGMMA_ROWS, Tile
+from batch_invariant_ops.tiles import (
+    ACCUMULATORS,
+    COPYING,
+    FLATTENED,
+    LINE,
+    PLAIN,
+    SPECIALISED,
+    STAYING,
+    WGMMA_ROWS,
+    Tile,
+)
 
 LIMIT = 40
 ALIKE, TWINS = 6, 2
@@ -18,9 +28,9 @@ ALIKE_PLAIN, ALIKE_COPYING = 2, 3
 FEW_ROWS, COPYING_FEW = 64, 10
 """With fewer rows the weights are waited for, however they come: then so many of all candidates copy."""
 SPECIALISED_ROWS, SPECIALISED_WAVES, SPECIALISED_FEW = 512, 2, 20
+"""With more rows a specialised tile has something to gain in few waves alone; and so many are tried."""
 FIRST, FIRST_MANY = 12, 4
-"""With more rows a specialised tile has something to gain in few waves alone, but then is the fastest of all. So many
-come after so many others, the second number with many rows."""
+"""Others that come before them; fewer with more than SPECIALISED_ROWS, where they are the fastest of all."""
 SPECIALISED_THIN = tuple(size for size in range(8, 257, 8) if size.bit_count() <= 2)
 SPECIALISED_LARGE, SPECIALISED_ACCUMULATORS = 64, 192
 """With a thin side from there on, a warp has 32 rows instead of 16, and so many sums in each thread at most."""
@@ -30,8 +40,6 @@ SPECIALISED_BYTES_PER_CLOCK, CHAINED, FEEDING = 70, 24, 16
 """Of a warp that only copies; clocks from one step of a sum to the next, and those to read wgmma's 64 rows for one."""
 GROUPS = (4, 16)
 REGROUPED = 6
-ACCUMULATORS = 128
-"""fp32 sums that a thread may hold, half of its registers; with more they spill."""
 REGISTERS = 65536
 BYTES_PER_CLOCK = 40
 LATENCY = 900
@@ -114,9 +122,9 @@ def _specialised(m: int, n: int, k: int, card: Card) -> list[Tile]:
         warps = max(4, wide // (32 if large else 16))
         if wide * thin > SPECIALISED_ACCUMULATORS * 32 * warps or (wide > 128 and not large):
             continue
-        height, width = (thin, wide) if swap else (wide, thin)
-        if swap and m > SPECIALISED_ROWS:
+        if swap and m > SPECIALISED_ROWS:  # the copy engine does not write these
             continue
+        height, width = (thin, wide) if swap else (wide, thin)
         if depth > k or height > (enough if swap else max(rows, 16)) or (rows <= 64 and height < rows // 2):
             continue
         programs = -(-m // height) * -(-n // width)
