@@ -11,7 +11,7 @@ from batch_invariant_ops import tiles
 from batch_invariant_ops.tiles import SAFE, Table, Tile
 from batch_invariant_ops.tuning import bands
 from batch_invariant_ops.tuning.bench import Bench, OutOfMemory
-from batch_invariant_ops.tuning.candidates import candidates
+from batch_invariant_ops.tuning.candidates import Card, candidates
 from batch_invariant_ops.tuning.journal import Journal
 from batch_invariant_ops.tuning.search import Found, NothingRan, Point, search
 
@@ -134,7 +134,7 @@ class Run:
         self.journal.add(point, replace(found, skipped=skipped, over_vendor=over_vendor, vendor_rank=rank))
 
     def _known(self, point: Point) -> Iterator[Tile]:
-        """The fixed tile and the winners nearby: those of fewer rows, of other shapes, and of the shipped table.
+        """The fixed tile and the winners nearby: those of fewer rows, of other shapes, and of the shipped tables.
 
         Of a table that is kept, its own tile alone.
         """
@@ -150,7 +150,7 @@ class Run:
         for other, what in found.items():
             if other.m == point.m:
                 yield what.best
-        yield from _shipped(self.bench.card.capability, point)
+        yield from _shipped(self.bench.card, point)
 
     def _new(self, point: Point) -> list[Tile]:
         if self.kept is not None:
@@ -163,11 +163,13 @@ def weight(point: Point) -> float:
     return 1 + point.m * point.n * point.k / 1.5e12
 
 
-def _shipped(capability: tuple[int, int], point: Point) -> Iterator[Tile]:
-    major, minor = capability
-    path = tiles.shipped(f"sm_{major}{minor}")
-    if path.is_file():
-        yield tiles.read(path).tile(point.m, point.n, point.k)
+def _shipped(card: Card, point: Point) -> Iterator[Tile]:
+    """What would run if nothing were measured here, and what would run on other cards of its kind."""
+    major, minor = card.capability
+    for name in (tiles.slug(card.gpu), f"sm_{major}{minor}"):
+        path = tiles.shipped(name)
+        if path.is_file():
+            yield tiles.read(path).tile(point.m, point.n, point.k)
 
 
 def measurements(found: dict[Point, Found]) -> list[dict[str, float | int | None]]:

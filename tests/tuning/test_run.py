@@ -50,6 +50,17 @@ def test_the_table_is_the_surfaces(run):
     assert table.tile(8192, *SHAPES[0]) == table.tile(64, *SHAPES[0])
 
 
+@pytest.mark.parametrize("name", [tiles.slug(H100.gpu), "sm_90"])
+def test_the_tile_that_would_run_untuned_is_among_the_tried(run, tmp_path, monkeypatch, name):
+    odd = Tile(m=16, n=16, k=16, warps=1, stages=7, group=5)
+    table = tiles.Table((9, 0), None, ((NO_LIMIT, odd),), {})
+    (tmp_path / f"{name}.json").write_text(json.dumps(tiles.content_of(table)))
+    monkeypatch.setattr(tiles, "SHIPPED", tmp_path)
+    made = run()
+    go(made)
+    assert all(odd in made.journal.found[point].times for point in made.points)
+
+
 def test_where_one_tile_is_best_everywhere_there_is_one_band(run, monkeypatch):
     table = go(run())
     monkeypatch.setattr("imagined_card.cost", lambda tile, m: 1.0 if tile == SAFE else 2.0)
