@@ -43,6 +43,9 @@ BLOCK, BLOCKS_IN_MEMORY = 16, 16
 KINDS_OF_BATCHES = 64
 """For which FlexAttention may be compiled in one process."""
 REQUIRED_ENVIRONMENT = {"VLLM_BATCH_INVARIANT": "1", "VLLM_CPU_ATTN_SPLIT_KV": "0"}
+DEFAULT_ENVIRONMENT = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+"""What is set where the user did not: FlashInfer's sampler is compiled by nvcc at the first start, which takes two
+minutes where there is one, and only ever draws for requests without a seed."""
 
 logger = logging.getLogger("batch_invariant_ops")
 _failure: str | None = None
@@ -104,6 +107,8 @@ def _patch_envs(envs: ModuleType) -> None:
         if os.environ.get(name, value) != value:
             raise ValueError(f"{name}={os.environ[name]!r} contradicts BATCH_INVARIANT=1, which needs {value!r}")
         os.environ[name] = value
+    for name, value in DEFAULT_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     vendor.set_environment()
     status.announce()
     if _seam() is None:

@@ -234,6 +234,14 @@ def test_the_same_process_serves_when_nothing_failed():
 
 
 @needs_vllm
+@pytest.mark.parametrize("mode, asked, used", [("1", None, False), ("1", "1", True), ("0", None, True)])
+def test_no_sampler_is_left_to_be_compiled_by_nvcc_unless_asked_for(mode, asked, used):
+    code = "import vllm.envs; print(vllm.envs.VLLM_USE_FLASHINFER_SAMPLER)"
+    done = python(code, BATCH_INVARIANT=mode, **({} if asked is None else {"VLLM_USE_FLASHINFER_SAMPLER": asked}))
+    assert done.stdout.split() == [str(used)], done.stderr
+
+
+@needs_vllm
 def test_the_debug_log_says_what_was_swapped_where():
     done = python(FAILS_CLOSED, BATCH_INVARIANT="1", BATCH_INVARIANT_LOG="debug")
     assert f"linear_batch_invariant is now {OURS}.linear" in done.stderr
