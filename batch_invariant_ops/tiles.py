@@ -51,13 +51,16 @@ class Tile:
     """How one program of the GEMM works.
 
     Attributes:
-        m, n, k: rows and columns of the output tile, and the step along K: powers of two. The one of a specialised
-            tile's m and n that is not on wgmma's wide side may be the sum of two, as 192 or 80.
+        m, n, k: rows and columns of the output tile, and the step along K: powers of two. A specialised tile's m and n
+            may each be the sum of two, as 192 or 80, on wgmma's wide side below 64, as 40.
         warps, stages: Triton's ``num_warps`` and ``num_stages``.
         group: row tiles that share columns in L2 before the next columns come.
         swap: compute the tile's transpose, W·xᵀ, so that weights feed the wide side of the tensor core at small M.
         form: one of :data:`FORMS`; where the copy engine cannot serve, the plain one runs with all else the same. A
             specialised tile may be narrower and deeper than others, and runs as :attr:`general` where it must.
+        follows: launch while the kernel before it ends, where card and Triton know of that
+            (:mod:`batch_invariant_ops.ops.dependent`). Most often faster; not where programs then meet on one
+            multiprocessor, or no longer read the same at once.
 
     Raises:
         ValueError: a value that no kernel can be made of.
@@ -71,10 +74,12 @@ class Tile:
     group: int = 8
     swap: bool = False
     form: str = PLAIN
+    follows: bool = False
 
     def __post_init__(self) -> None:
-        if type(self.swap) is not bool:
-            raise ValueError(f"a tile's swap is {self.swap!r}: true or false is needed")
+        for name in ("swap", "follows"):
+            if type(value := getattr(self, name)) is not bool:
+                raise ValueError(f"a tile's {name} is {value!r}: true or false is needed")
         if self.form not in FORMS:
             raise ValueError(f"a tile's form is {self.form!r}: one of {', '.join(FORMS)} is needed")
         special = self.form == SPECIALISED
@@ -83,9 +88,9 @@ class Tile:
             powers |= {"m": (8, 256), "n": (8, 256), "k": (LINE, 512)}
         for name, (low, high) in powers.items():
             value, bits, what = getattr(self, name), 1, "a power of two"
-            if special and name == ("m" if self.swap else "n"):
-                bits, what = 2, "a power of two, or a multiple of 8 that is the sum of two,"
             whole = type(value) is int and low <= value <= high
+            if special and (name == ("m" if self.swap else "n") or (name in "mn" and whole and value < WGMMA_ROWS)):
+                bits, what = 2, "a power of two, or a multiple of 8 that is the sum of two,"
             if not whole or value.bit_count() > bits or (bits > 1 and value % 8):
                 raise ValueError(f"a tile's {name} is {value!r}: {what} from {low} to {high} is needed")
         for name, high in (("stages", 32 if special else 8), ("group", 1024)):
@@ -109,10 +114,14 @@ class Tile:
         return self.m if self.swap else self.n
 
     @property
+    def wide_parts(self) -> tuple[int, ...]:
+        """The power or the two powers of two that make :attr:`wide`, the larger first."""
+        return _powers(self.wide)
+
+    @property
     def thin_parts(self) -> tuple[int, ...]:
         """The power or the two powers of two that make :attr:`thin`, the larger first."""
-        larger = 1 << (self.thin.bit_length() - 1)
-        return (larger, self.thin - larger) if self.thin > larger else (larger,)
+        return _powers(self.thin)
 
     @property
     def fed(self) -> int:
@@ -136,7 +145,7 @@ class Tile:
         while 2 * (m + n) * k * 2 > GENERAL_BYTES:
             k //= 2
         stages = min(8, GENERAL_BYTES // ((m + n) * k * 2))
-        return Tile(m, n, k, warps, stages, self.group, self.swap, COPYING)
+        return Tile(m, n, k, warps, stages, self.group, self.swap, COPYING, self.follows)
 
     @property
     def stays(self) -> bool:
@@ -172,6 +181,11 @@ class Tile:
         result = self.m * self.n * itemsize // self.parts
         operands += 8 * self.stages
         return operands + result + self.n * itemsize if self.stays else max(operands, result)
+
+
+def _powers(rows: int) -> tuple[int, ...]:
+    larger = 1 << (rows.bit_length() - 1)
+    return (larger, rows - larger) if rows > larger else (larger,)
 
 
 SAFE = Tile(m=64, n=64, k=32, warps=4, stages=3)

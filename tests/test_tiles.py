@@ -176,7 +176,8 @@ def test_a_tile_that_stays_counts_its_result_and_leaves_room_for_as_many_as_fit(
         ({"m": 4}, "a tile's m is 4: a power of two, or a multiple of 8 that is the sum of two, from 8 to 256"),
         ({"m": 20}, "a tile's m is 20: a power of two, or a multiple of 8"),
         ({"m": 56}, "a tile's m is 56: a power of two, or a multiple of 8"),
-        ({"n": 48}, "a tile's n is 48: a power of two from 8 to 256"),
+        ({"n": 56}, "a tile's n is 56: a power of two, or a multiple of 8 that is the sum of two, from 8 to 256"),
+        ({"n": 80}, "a tile's n is 80: a power of two from 8 to 256"),
         ({"form": "copying"}, "a tile's m is 8: a power of two from 16 to 256"),
     ],
 )
@@ -191,6 +192,13 @@ def test_a_specialised_tile_has_bounds_of_its_own(changes, said):
 def test_a_specialised_tiles_thin_side_is_made_of_one_or_two_powers_of_two(thin, parts):
     tile = Tile(m=thin, n=64, k=64, warps=4, stages=2, swap=True, form=tiles.SPECIALISED)
     assert tile.thin_parts == replace(tile, m=64, n=thin, swap=False).thin_parts == parts
+
+
+@pytest.mark.parametrize("wide, parts, behind", [(40, (32, 8), 1), (24, (16, 8), 2), (32, (32,), 1), (128, (128,), 0)])
+def test_a_narrow_ones_wide_side_too(wide, parts, behind):
+    tile = Tile(m=wide, n=32, k=64, warps=max(4, wide // 16), stages=4, form=tiles.SPECIALISED)
+    assert (tile.wide_parts, tile.behind) == (parts, behind)
+    assert tile.wide * tile.k * tile.behind >= (tile.fed - tile.wide) * tiles.LINE
 
 
 @pytest.mark.parametrize("swap", [False, True])

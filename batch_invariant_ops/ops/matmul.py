@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from batch_invariant_ops import tiles
-from batch_invariant_ops.ops import specialised, vendor_gemm
+from batch_invariant_ops.ops import dependent, specialised, vendor_gemm
 from batch_invariant_ops.ops.rows import on_device_of, row_step
 from batch_invariant_ops.proof import probe, same_bits
 from batch_invariant_ops.tiles import PLAIN, SPECIALISED, Tile, card
@@ -59,9 +59,11 @@ if triton is not None:
         stride_bz, stride_bk, stride_bn,
         stride_cz, stride_cm, stride_cn,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-        EVEN_K: tl.constexpr, SWAP: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
+        EVEN_K: tl.constexpr, SWAP: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, FOLLOWS: tl.constexpr,
     ):  # fmt: skip
         """c[m, n] = round(bias[n] + sum over k ascending of a[m, k]·b[k, n]), one tile of one batch entry a program."""
+        if FOLLOWS:
+            dependent.follow()
         tile_m, tile_n = _place(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
         rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -166,13 +168,15 @@ if triton is not None:
         a_of, b_of, bias_ptr, c_of, M, N, K,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
         SWAP: tl.constexpr, HAS_BIAS: tl.constexpr, PARTS: tl.constexpr,
-        PERSISTENT: tl.constexpr, FLATTENED: tl.constexpr,
+        PERSISTENT: tl.constexpr, FLATTENED: tl.constexpr, FOLLOWS: tl.constexpr,
     ):  # fmt: skip
         """c[m, n] = round(bias[n] + sum over k ascending of a[m, k]·b[n, k]), by descriptors of a, b and c.
 
         A program works on one tile, or on every so manieth; flattened, it reads the next one's first operands while
         it writes what it has.
         """
+        if FOLLOWS:
+            dependent.follow()
         if PERSISTENT:
             tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
             for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTENED):
@@ -186,7 +190,7 @@ if triton is not None:
                 BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SWAP, HAS_BIAS, PARTS,
             )  # fmt: skip
 
-    KERNELS = (_place, _copied_tile, _copying_kernel, _matmul_kernel, *specialised.KERNELS)
+    KERNELS = (_place, _copied_tile, _copying_kernel, _matmul_kernel, *dependent.KERNELS, *specialised.KERNELS)
 
 
 def gemm(
@@ -278,6 +282,12 @@ Call = tuple[Any, tuple[int, int], tuple[Any, ...], dict[str, Any]]
 
 def _call(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, c: torch.Tensor, tile: Tile) -> Call:
     """What computes c [Z, M, N] of a [Z, M, K] and b [Z, K, N]: in the tile's form, or with pointers if need be."""
+    kernel, grid, operands, options = _formed(a, b, bias, c, tile)
+    follows = tile.follows and dependent.follows(_capability(a.device))
+    return kernel, grid, operands, options | {"FOLLOWS": follows} | (dependent.LAUNCH if follows else {})
+
+
+def _formed(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, c: torch.Tensor, tile: Tile) -> Call:
     if tile.form != PLAIN and a.itemsize != 2:
         tile = tiles.FP32  # the other's stages were counted for 16-bit operands
     if tile.form != PLAIN and a.shape[0] == 1 and _has_copy_engine(a.device):

@@ -6,10 +6,11 @@ import functools
 
 import torch
 
-from batch_invariant_ops.ops import opaque
+from batch_invariant_ops.ops import dependent, opaque
 from batch_invariant_ops.ops.launching import Launcher, empty
 from batch_invariant_ops.ops.rows import ALIGNMENT, as_rows, check_dtype, is_aligned, on_device_of, uses_triton
 from batch_invariant_ops.reduction import block_size, num_warps, tree_sum
+from batch_invariant_ops.tiles import card
 
 try:
     import triton
@@ -27,9 +28,11 @@ if triton is not None:
         x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr,
         x_stride, residual_stride, n_cols, eps,
         BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
-        HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+        HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, FOLLOWS: tl.constexpr,
     ):  # fmt: skip
         """s = round(x + residual); out = round(round_w(s·rsqrt(mean(s²) + eps))·w), where round_w is to w's type."""
+        if FOLLOWS:
+            dependent.follow()
         row = tl.program_id(0).to(tl.int64)
         x_row = x_ptr + row * x_stride
         residual_row = residual_ptr + row * residual_stride
@@ -147,14 +150,17 @@ def _run(
         total = empty(num_rows, length, x) if has_residual else out
         weight_or_any = out if weight is None else weight
         constants = _constants(length, x.dtype)
+        follows = dependent.follows(card(x.device)[1])
         key = (
             x.get_device(), x.dtype, weight_or_any.dtype, length, has_residual, has_weight,
             steps[0] < 2**31, steps[1] < 2**31,
         )  # fmt: skip
         operands = (
             rows, residual_rows, weight_or_any, out, total, *steps, length, eps, *constants, has_residual, has_weight,
+            follows,
         )  # fmt: skip
-        _launch(key, (num_rows, 1, 1), operands, num_warps=num_warps(constants[0]))
+        options = {"num_warps": num_warps(constants[0])} | (dependent.LAUNCH if follows else {})
+        _launch(key, (num_rows, 1, 1), operands, **options)
     if x.dim() != 2:
         return out.view(x.shape), total.view(x.shape)
     return out, total

@@ -7,7 +7,7 @@ copying warp with mbarriers of its own keeps so much in flight that the steps ne
 
 Tensors have powers of two as sizes. So that a tile can be as long as M is, or as wide as makes a tile for each
 multiprocessor, its thin side may be two of them, each with sums of its own: 192 rows are 128 and 64, 80 columns 64 and
-16.
+16. A narrow tile's wide side may be two as well, copied to where wgmma reads them as one: 40 rows are 32 and 8.
 
 A large tile of rows of c is laid out in the memory of its operands at last, and the copy engine writes it. Out of
 wgmma's registers four threads write 16 bytes of a row at a time, which for K = 896 took an H200 nearly as long as all
@@ -61,8 +61,9 @@ if gluon is not None:
 
     @gluon.jit
     def _copy(
-        wide_of, thin_of, more_of, wide, thin, more, full, empty, wide_at, thin_at, steps,
-        WIDE: gl.constexpr, THIN: gl.constexpr, MORE: gl.constexpr, LINES: gl.constexpr, STAGES: gl.constexpr,
+        wide_of, rest_of, thin_of, more_of, wide, thin, more, full, empty, wide_at, thin_at, steps,
+        WIDE: gl.constexpr, REST: gl.constexpr, THIN: gl.constexpr, MORE: gl.constexpr, LINES: gl.constexpr,
+        STAGES: gl.constexpr,
     ):  # fmt: skip
         """The copying warp: block after block of both operands, each into the slot that was emptied first."""
         slot = 0
@@ -71,7 +72,16 @@ if gluon is not None:
             mbarrier.wait(empty.index(slot), phase)
             bar = full.index(slot)
             mbarrier.expect(bar, LINES * 128 * (WIDE + THIN + MORE))
-            _load(wide_of, [step * LINES, wide_at, 0], bar, wide.index(slot))
+            if REST:
+                ELEMENT: gl.constexpr = wide.dtype
+                for line in gl.static_range(LINES):
+                    at = (slot * LINES + line) * (WIDE // 8)
+                    part = _view(wide.index(at), ELEMENT, [1, WIDE - REST, 64], wide_of.layout)
+                    rest = _view(wide.index(at + (WIDE - REST) // 8), ELEMENT, [1, REST, 64], rest_of.layout)
+                    _load(wide_of, [step * LINES + line, wide_at, 0], bar, part)
+                    _load(rest_of, [step * LINES + line, wide_at + WIDE - REST, 0], bar, rest)
+            else:
+                _load(wide_of, [step * LINES, wide_at, 0], bar, wide.index(slot))
             _load(thin_of, [step * LINES, thin_at, 0], bar, thin.index(slot))
             if MORE:
                 _load(more_of, [step * LINES, thin_at + THIN, 0], bar, more.index(slot))
@@ -118,7 +128,7 @@ if gluon is not None:
     @gluon.jit
     def _multiply(
         wide, thin, more, full, empty, bias_ptr, c_ptr, c_of, more_c_of, wide_at, thin_at, steps, M, N,
-        WIDE: gl.constexpr, FED: gl.constexpr, THIN: gl.constexpr, MORE: gl.constexpr,
+        WIDE: gl.constexpr, REST: gl.constexpr, FED: gl.constexpr, THIN: gl.constexpr, MORE: gl.constexpr,
         LINES: gl.constexpr, STAGES: gl.constexpr,
         SWAP: gl.constexpr, HAS_BIAS: gl.constexpr, LAID: gl.constexpr, LAYOUT: gl.constexpr, WARPS: gl.constexpr,
     ):  # fmt: skip
@@ -138,12 +148,16 @@ if gluon is not None:
         before = 0
         for step in range(steps):
             mbarrier.wait(full.index(slot), phase)
-            wides = _view(wide.index(slot), ELEMENT, [LINES, WIDE, 64], LAYOUT)
+            if not REST:
+                wides = _view(wide.index(slot), ELEMENT, [LINES, WIDE, 64], LAYOUT)
             thins = _view(thin.index(slot), ELEMENT, [LINES, THIN, 64], LAYOUT)
             if MORE:
                 mores = _view(more.index(slot), ELEMENT, [LINES, MORE, 64], LAYOUT)
             for line in gl.static_range(LINES):
-                a = wides.index(line)
+                if REST:
+                    a = wide.index((slot * LINES + line) * (WIDE // 8))
+                else:
+                    a = wides.index(line)
                 if FED != WIDE:
                     a = _view(a, ELEMENT, [FED, 64], LAYOUT)
                 sums = warpgroup_mma(a, thins.index(line).permute((1, 0)), sums, is_async=True)
@@ -184,26 +198,39 @@ if gluon is not None:
                 )  # fmt: skip
             _store(sums, bias_ptr, c_ptr, wide_at, thin_at, M, N, WIDE, FED, THIN, SWAP, HAS_BIAS, SUMS)
 
+    @gluon.jit
+    def _follow():
+        """What :func:`batch_invariant_ops.ops.dependent.follow` does, in Gluon."""
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
+        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
     @gluon.jit(do_not_specialize=["M", "N", "steps", "wide_tiles"])
     def _specialised_kernel(
-        wide_of, thin_of, more_of, bias_ptr, c_ptr, c_of, more_c_of, M, N, steps, wide_tiles,
-        WIDE: gl.constexpr, FED: gl.constexpr, THIN: gl.constexpr, MORE: gl.constexpr,
+        wide_of, rest_of, thin_of, more_of, bias_ptr, c_ptr, c_of, more_c_of, M, N, steps, wide_tiles,
+        WIDE: gl.constexpr, REST: gl.constexpr, FED: gl.constexpr, THIN: gl.constexpr, MORE: gl.constexpr,
         LINES: gl.constexpr, STAGES: gl.constexpr,
         BEHIND: gl.constexpr, SWAP: gl.constexpr, HAS_BIAS: gl.constexpr, LAID: gl.constexpr,
-        COPYING_WARP: gl.constexpr, num_warps: gl.constexpr,
+        COPYING_WARP: gl.constexpr, FOLLOWS: gl.constexpr, num_warps: gl.constexpr,
     ):  # fmt: skip
         """c [M, N] = round(bias[n] + sum over k ascending of a[m, k]·w[n, k]); of the operands, one is wide_of.
 
-        A tile has WIDE of its rows, of which wgmma is fed FED, and THIN + MORE of the other's, MORE of which come by a
-        description of their own, and where the tile is LAID out go by one; a block along K has LINES times 64. All
-        operands are described as [K / 64, rows, 64], so that one copy brings a block with its lines apart, as wgmma
-        wants to have them. BEHIND slots are for what is read behind the last one.
+        A tile has WIDE of its rows, of which wgmma is fed FED, and THIN + MORE of the other's. MORE, and the last REST
+        of WIDE, come by descriptions of their own, and where the tile is LAID out MORE go by one; a block along K has
+        LINES times 64. All operands are described as [K / 64, rows, 64], so that one copy brings a block with its
+        lines apart, as wgmma wants to have them; where WIDE is two parts, one copy brings a part of a line, to a
+        multiple of the 8 rows after which shared memory's pattern repeats. BEHIND slots are for what is read behind
+        the last one.
         """
         LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
         ELEMENT: gl.constexpr = c_ptr.dtype.element_ty
         wide_at = (gl.program_id(0) % wide_tiles) * WIDE
         thin_at = (gl.program_id(0) // wide_tiles) * (THIN + MORE)
-        wide = gl.allocate_shared_memory(ELEMENT, [STAGES + BEHIND, LINES, WIDE, 64], wide_of.layout)
+        if REST:
+            wide = gl.allocate_shared_memory(ELEMENT, [(STAGES + BEHIND) * LINES * WIDE // 8, 8, 64], LAYOUT)
+        else:
+            wide = gl.allocate_shared_memory(ELEMENT, [STAGES + BEHIND, LINES, WIDE, 64], wide_of.layout)
         thin = gl.allocate_shared_memory(ELEMENT, [STAGES, LINES, THIN, 64], thin_of.layout)
         if MORE:
             more = gl.allocate_shared_memory(ELEMENT, [STAGES, LINES, MORE, 64], more_of.layout)
@@ -216,21 +243,23 @@ if gluon is not None:
             mbarrier.init(empty.index(slot), count=1)
         fence_async_shared()
         _barrier()
+        if FOLLOWS:
+            _follow()
         gl.warp_specialize(
             [
                 (
                     _multiply,
                     (wide, thin, more, full, empty, bias_ptr, c_ptr, c_of, more_c_of, wide_at, thin_at, steps, M, N,
-                     WIDE, FED, THIN, MORE, LINES, STAGES, SWAP, HAS_BIAS, LAID, LAYOUT, num_warps),
+                     WIDE, REST, FED, THIN, MORE, LINES, STAGES, SWAP, HAS_BIAS, LAID, LAYOUT, num_warps),
                 ),
-                (_copy, (wide_of, thin_of, more_of, wide, thin, more, full, empty, wide_at, thin_at, steps,
-                         WIDE, THIN, MORE, LINES, STAGES)),
+                (_copy, (wide_of, rest_of, thin_of, more_of, wide, thin, more, full, empty, wide_at, thin_at, steps,
+                         WIDE, REST, THIN, MORE, LINES, STAGES)),
             ],
             [1],
             [COPYING_WARP],
         )  # fmt: skip
 
-    KERNELS = (_copy, _store, _multiply, _specialised_kernel)
+    KERNELS = (_copy, _store, _lay_out, _multiply, _follow, _specialised_kernel)
 
 
 def serves(tile: Tile, depth: int, capability: tuple[int, int]) -> bool:
@@ -246,15 +275,17 @@ def call(
     wide, thin = (w, x) if tile.swap else (x, w)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
     larger, smaller = (*tile.thin_parts, 0)[:2]
-    wide_of, *thin_of = [
-        Descriptor(
-            t, [t.shape[1] // LINE, t.shape[0], LINE], [LINE, row_step(t), 1], [tile.k // LINE, height, LINE], layout
-        )
-        for t, height in ((wide, tile.wide), *((thin, part) for part in tile.thin_parts))
-    ]
+    rest = tile.wide_parts[1] if len(tile.wide_parts) > 1 else 0
+    lines = tile.k // LINE
+
+    def described(t: torch.Tensor, block: list[int]) -> Any:
+        return Descriptor(t, [t.shape[1] // LINE, t.shape[0], LINE], [LINE, row_step(t), 1], block, layout)
+
+    wide_of = [described(wide, [1 if rest else lines, part, LINE]) for part in tile.wide_parts]
+    thin_of = [described(thin, [lines, part, LINE]) for part in tile.thin_parts]
     wide_tiles = -(-wide.shape[0] // tile.wide)
     programs = wide_tiles * -(-thin.shape[0] // tile.thin)
-    c_of = [wide_of]  # nobody looks at this one
+    c_of = wide_of[:1]  # nobody looks at this one
     if laid := _is_laid_out(tile):
         kind = gl.bfloat16 if c.dtype == torch.bfloat16 else gl.float16
         blocks = [[tile.wide, part] for part in tile.thin_parts]
@@ -263,10 +294,10 @@ def call(
             for block in blocks
         ]
     # where there is one part, the second description is the first, and unused
-    described = (wide_of, thin_of[0], thin_of[-1], bias, c, c_of[0], c_of[-1])
-    operands = (*described, *c.shape, -(-x.shape[1] // tile.k), wide_tiles)
+    tensors = (wide_of[0], wide_of[-1], thin_of[0], thin_of[-1], bias, c, c_of[0], c_of[-1])
+    operands = (*tensors, *c.shape, -(-x.shape[1] // tile.k), wide_tiles)
     return _specialised_kernel, (programs, 1), operands, {
-        "WIDE": tile.wide, "FED": tile.fed, "THIN": larger, "MORE": smaller, "LINES": tile.k // LINE,
+        "WIDE": tile.wide, "REST": rest, "FED": tile.fed, "THIN": larger, "MORE": smaller, "LINES": lines,
         "STAGES": tile.stages, "BEHIND": tile.behind, "SWAP": tile.swap, "HAS_BIAS": bias is not None,
         "LAID": laid, "COPYING_WARP": COPYING_REGISTERS, "num_warps": tile.warps,
     }  # fmt: skip

@@ -116,7 +116,7 @@ def _specialised(m: int, n: int, k: int, card: Card) -> list[Tile]:
     enough = next((thin for thin in SPECIALISED_THIN if thin >= m), SPECIALISED_THIN[-1])
     found = []
     for wide, thin, depth, swap in itertools.product(
-        (16, 32, 64, 128, 256), SPECIALISED_THIN, (64, 128, 256, 512), (False, True)
+        (16, 24, 32, 40, 48, 64, 128, 256), SPECIALISED_THIN, (64, 128, 256, 512), (False, True)
     ):
         large = thin >= SPECIALISED_LARGE and not swap
         warps = max(4, wide // (32 if large else 16))

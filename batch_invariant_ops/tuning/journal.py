@@ -18,7 +18,7 @@ from batch_invariant_ops.tiles import Tile
 from batch_invariant_ops.tuning.search import Found, Point
 
 logger = logging.getLogger(__name__)
-FORMAT = 3
+FORMAT = 4
 
 
 class Unusable(Exception):

@@ -13,6 +13,7 @@ def cost(tile, m):
         return 1000.0
     best = min(128, max(16, m))
     off = abs(tile.m.bit_length() - best.bit_length()) + abs(tile.n - 64) / 64 + abs(tile.k - 64) / 64 + tile.swap
+    off += 0.1 * (tile.follows != (m <= 16))
     return 10 + off + tile.warps / 8 + tile.stages / 32 + tile.group / 1024 + FORMS.index(tile.form) / 8192
 
 

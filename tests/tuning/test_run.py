@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from imagined_card import H100, Bench, cost
@@ -48,6 +49,15 @@ def test_the_table_is_the_surfaces(run):
             assert cost(table.tile(m, n, k), m) <= 1.02 * cost(found.best, m)
             assert cost(found.best, m) == min(cost(tile, m) for tile in found.times)
     assert table.tile(8192, *SHAPES[0]) == table.tile(64, *SHAPES[0])
+
+
+def test_the_fastest_tile_is_tried_with_either_way_of_launching(run):
+    made = run()
+    table = go(made)
+    for point, found in made.journal.found.items():
+        assert {*found.times} >= {found.best, replace(found.best, follows=not found.best.follows)}
+        assert found.best.follows == (point.m <= 16)
+    assert all(table.tile(1, *shape).follows and not table.tile(64, *shape).follows for shape in SHAPES)
 
 
 @pytest.mark.parametrize("name", [tiles.slug(H100.gpu), "sm_90"])
@@ -180,7 +190,9 @@ def test_with_tiles_that_are_kept_only_those_are_measured_and_at_the_steps_of_pr
     table = go(run(largest=1024))
     made = run(kept=table, journal="kept", largest=1024)
     again = go(made)
-    assert {tile for _, tile in made.bench.measured} <= table.tiles()
+    assert {replace(tile, follows=False) for _, tile in made.bench.measured} <= {
+        replace(tile, follows=False) for tile in table.tiles()
+    }
     assert again.faster == table.faster
     between = {m for m in tiles.STEPS if m <= 1024} - {*SIZES}
     for shape in SHAPES:
