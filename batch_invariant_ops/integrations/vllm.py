@@ -30,7 +30,7 @@ SEAM_BY_RELEASE = {
     "0.26.0": "vllm.model_executor.layers.batch_invariant",
     "0.32.0": "vllm.model_executor.determinism.batch_invariant",
 }
-LOADED_AHEAD_OF_TIME = ("0.19.1", "0.26.0")
+LOADED_AHEAD_OF_TIME = ("0.19.1", "0.26.0", "0.32.0")
 """Releases for which a GPU's server was seen to have the same bits with what it had not compiled itself."""
 USERS_OF_THE_SEAM = (
     "vllm.model_executor.layers.linear",
