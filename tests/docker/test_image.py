@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.docker, pytest.mark.timeout(1800)]
 CONTEXT_LIMIT = 1_000_000
 CUDA_IMAGES = {
     "vllm-batch-invariant:latest": ("0.19.1", "2.10.0"),
-    "vllm-batch-invariant:cuda13": ("0.26.0", "2.11.0"),
+    "vllm-batch-invariant:cuda13": ("0.32.0", "2.13.0"),
 }
 
 

@@ -16,7 +16,7 @@ class Stack:
 
 STACKS = {
     "cuda12": Stack("0.19.1", 525, 16 * 2**30),
-    "cuda13": Stack("0.26.0", 580, 18 * 2**30),
+    "cuda13": Stack("0.32.0", 580, 18 * 2**30),
     "cpu": Stack("0.32.0", None, 4 * 2**30),
 }
 DEMO_MODEL = "demo"
