@@ -16,9 +16,12 @@ import torch
 
 try:
     import triton
+except ImportError:
+    triton = None
+try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-except ImportError:  # no Triton, or one that does not know of it
-    triton = gdc_wait = None
+except ImportError:  # a Triton that does not know of it
+    gdc_wait = None
 
 CAPABILITY = (9, 0)
 DRIVER = 12030
@@ -37,7 +40,11 @@ if gdc_wait is not None:
         gdc_wait()
 
     KERNELS = (follow,)
+elif triton is not None:
 
+    @triton.jit
+    def follow():
+        """Never called, but named by kernels."""
 
 @functools.cache
 def follows(capability: tuple[int, int]) -> bool:

@@ -1,5 +1,7 @@
 """Where kernels are launched while the one before them ends: on cards, drivers and with tiles that know of it alone."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -9,6 +11,14 @@ from batch_invariant_ops import tiles
 from batch_invariant_ops.ops import dependent, matmul
 
 pytest.importorskip("triton")
+OLDER_TRITON = """
+import sys, types, triton
+sys.modules["triton.language.extra.cuda"] = types.ModuleType("cuda")
+from batch_invariant_ops.ops import dependent, matmul, rms_norm
+kernels = matmul._matmul_kernel, matmul._copying_kernel, rms_norm._rms_norm_kernel
+named = hasattr(dependent, "follow") and all(kernel.cache_key for kernel in kernels)
+print(dependent.KERNELS, dependent.follows((9, 0)), named)
+"""
 TILE = tiles.Tile(m=16, n=32, k=64, warps=4, stages=2, follows=True)
 
 
@@ -71,3 +81,9 @@ def test_what_runs_instead_of_a_specialised_tile_is_launched_as_it_is():
 def test_follows_is_true_or_false():
     with pytest.raises(ValueError, match="a tile's follows is 1: true or false is needed"):
         replace(TILE, follows=1)
+
+
+def test_kernels_are_compiled_by_a_triton_that_does_not_know_of_it():
+    """Their cache keys go by all that they name, and to Triton 3.6 what is not there ends in an AttributeError."""
+    done = subprocess.run([sys.executable, "-c", OLDER_TRITON], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["()", "False", "True"], done.stderr
