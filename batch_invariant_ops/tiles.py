@@ -276,8 +276,7 @@ def card(device: torch.device) -> tuple[str, tuple[int, int]]:
 @functools.cache
 def table_of(gpu: str, capability: tuple[int, int]) -> Table | None:
     """The table that such a card runs, or None; what is not measured there is said in the log, once."""
-    major, minor = capability
-    for path in (tuned(gpu), shipped(slug(gpu)), shipped(f"sm_{major}{minor}")):
+    for path in (tuned(gpu), *shipped_for(gpu, capability)):
         table = _load(path, capability)
         if table is not None:
             if table.gpu is None:
@@ -290,6 +289,12 @@ def table_of(gpu: str, capability: tuple[int, int]) -> Table | None:
 def shipped(name: str) -> Path:
     """Where a table that is shipped lies, or would: by a card's :func:`slug`, or its capability, as sm_90."""
     return SHIPPED / f"{name}.json"
+
+
+def shipped_for(gpu: str, capability: tuple[int, int]) -> tuple[Path, Path]:
+    """Where tables for a card are shipped: for its name, and for its compute capability."""
+    major, minor = capability
+    return shipped(slug(gpu)), shipped(f"sm_{major}{minor}")
 
 
 def tuned(gpu: str) -> Path:

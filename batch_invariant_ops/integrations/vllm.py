@@ -30,8 +30,6 @@ SEAM_BY_RELEASE = {
     "0.26.0": "vllm.model_executor.layers.batch_invariant",
     "0.32.0": "vllm.model_executor.determinism.batch_invariant",
 }
-LOADED_AHEAD_OF_TIME = ("0.19.1", "0.26.0", "0.32.0")
-"""Releases for which a GPU's server was seen to have the same bits with what it had not compiled itself."""
 USERS_OF_THE_SEAM = (
     "vllm.model_executor.layers.linear",
     "vllm.model_executor.layers.layernorm",
@@ -123,13 +121,14 @@ def _ahead_of_time(envs: ModuleType) -> bool:
     """Whether a start takes what another compiled and traced, as plain vLLM's does and its mode's does not.
 
     That spares a start of a model of 32 layers some 5 s of tracing. vLLM keeps it by the same key as its compile cache,
-    and drops it when a file that was traced has changed.
+    and drops it when a file that was traced has changed. On a GPU, a server of each supported release was seen to have
+    the same bits with what it had not compiled itself.
     """
     import torch
 
     if "VLLM_USE_AOT_COMPILE" in os.environ:
         return os.environ["VLLM_USE_AOT_COMPILE"] == "1"
-    return _release() in LOADED_AHEAD_OF_TIME and torch.version.cuda is not None and not envs.disable_compile_cache()
+    return torch.version.cuda is not None and not envs.disable_compile_cache()
 
 
 def _patch_config(config: ModuleType) -> None:

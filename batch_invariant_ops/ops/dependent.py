@@ -27,9 +27,6 @@ CAPABILITY = (9, 0)
 DRIVER = 12030
 """From CUDA 12.3 on a graph keeps what it captured of such a launch."""
 
-LAUNCH = {"launch_pdl": True}
-"""For Triton's launcher, of a kernel that :func:`follow` begins."""
-
 KERNELS: tuple[Any, ...] = ()
 if gdc_wait is not None:
 
@@ -46,10 +43,16 @@ elif triton is not None:
     def follow():
         """Never called, but named by kernels."""
 
+
 @functools.cache
 def follows(capability: tuple[int, int]) -> bool:
     """Whether kernels can, on a card of that capability."""
     return capability >= CAPABILITY and _known()
+
+
+def options(follows: bool) -> dict[str, Any]:
+    """For Triton's launcher; releases that do not know of it would refuse the name."""
+    return {"launch_pdl": True} if follows else {}
 
 
 @functools.cache

@@ -284,7 +284,7 @@ def _call(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, c: torch.
     """What computes c [Z, M, N] of a [Z, M, K] and b [Z, K, N]: in the tile's form, or with pointers if need be."""
     kernel, grid, operands, options = _formed(a, b, bias, c, tile)
     follows = tile.follows and dependent.follows(_capability(a.device))
-    return kernel, grid, operands, options | {"FOLLOWS": follows} | (dependent.LAUNCH if follows else {})
+    return kernel, grid, operands, options | {"FOLLOWS": follows} | dependent.options(follows)
 
 
 def _formed(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, c: torch.Tensor, tile: Tile) -> Call:

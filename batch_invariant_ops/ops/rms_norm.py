@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -27,8 +28,8 @@ if triton is not None:
     def _rms_norm_kernel(
         x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr,
         x_stride, residual_stride, n_cols, eps,
-        BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
-        HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, FOLLOWS: tl.constexpr,
+        BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr, ALIGNED: tl.constexpr, FOLLOWS: tl.constexpr,
+        HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     ):  # fmt: skip
         """s = round(x + residual); out = round(round_w(s·rsqrt(mean(s²) + eps))·w), where round_w is to w's type."""
         if FOLLOWS:
@@ -149,17 +150,14 @@ def _run(
         out = empty(num_rows, length, x)
         total = empty(num_rows, length, x) if has_residual else out
         weight_or_any = out if weight is None else weight
-        constants = _constants(length, x.dtype)
-        follows = dependent.follows(card(x.device)[1])
+        constants, options = _compiled_for(length, x.dtype, x.device)
         key = (
             x.get_device(), x.dtype, weight_or_any.dtype, length, has_residual, has_weight,
             steps[0] < 2**31, steps[1] < 2**31,
         )  # fmt: skip
         operands = (
             rows, residual_rows, weight_or_any, out, total, *steps, length, eps, *constants, has_residual, has_weight,
-            follows,
         )  # fmt: skip
-        options = {"num_warps": num_warps(constants[0])} | (dependent.LAUNCH if follows else {})
         _launch(key, (num_rows, 1, 1), operands, **options)
     if x.dim() != 2:
         return out.view(x.shape), total.view(x.shape)
@@ -167,10 +165,13 @@ def _run(
 
 
 @functools.cache
-def _constants(length: int, dtype: torch.dtype) -> tuple[int, bool, bool]:
-    """The kernel's BLOCK, ONE_BLOCK and ALIGNED."""
-    block = block_size(length)
-    return block, length <= block, is_aligned(length, dtype)
+def _compiled_for(
+    length: int, dtype: torch.dtype, device: torch.device
+) -> tuple[tuple[int, bool, bool, bool], dict[str, Any]]:
+    """The kernel's BLOCK, ONE_BLOCK, ALIGNED and FOLLOWS, and its options."""
+    block, follows = block_size(length), dependent.follows(card(device)[1])
+    constants = block, length <= block, is_aligned(length, dtype), follows
+    return constants, {"num_warps": num_warps(block)} | dependent.options(follows)
 
 
 def _on_cpu(

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from batch_invariant_ops.ops import dependent
 from batch_invariant_ops.ops.rows import row_step
 from batch_invariant_ops.tiles import LINE, Tile
 
@@ -198,14 +199,6 @@ if gluon is not None:
                 )  # fmt: skip
             _store(sums, bias_ptr, c_ptr, wide_at, thin_at, M, N, WIDE, FED, THIN, SWAP, HAS_BIAS, SUMS)
 
-    @gluon.jit
-    def _follow():
-        """What :func:`batch_invariant_ops.ops.dependent.follow` does, in Gluon."""
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
-        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
     @gluon.jit(do_not_specialize=["M", "N", "steps", "wide_tiles"])
     def _specialised_kernel(
         wide_of, rest_of, thin_of, more_of, bias_ptr, c_ptr, c_of, more_c_of, M, N, steps, wide_tiles,
@@ -244,7 +237,7 @@ if gluon is not None:
         fence_async_shared()
         _barrier()
         if FOLLOWS:
-            _follow()
+            dependent.follow()
         gl.warp_specialize(
             [
                 (
@@ -259,7 +252,7 @@ if gluon is not None:
             [COPYING_WARP],
         )  # fmt: skip
 
-    KERNELS = (_copy, _store, _lay_out, _multiply, _follow, _specialised_kernel)
+    KERNELS = (_copy, _store, _lay_out, _multiply, _specialised_kernel)
 
 
 def serves(tile: Tile, depth: int, capability: tuple[int, int]) -> bool:
@@ -275,7 +268,7 @@ def call(
     wide, thin = (w, x) if tile.swap else (x, w)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
     larger, smaller = (*tile.thin_parts, 0)[:2]
-    rest = tile.wide_parts[1] if len(tile.wide_parts) > 1 else 0
+    rest = (*tile.wide_parts, 0)[1]
     lines = tile.k // LINE
 
     def described(t: torch.Tensor, block: list[int]) -> Any:

@@ -179,9 +179,7 @@ def weight(point: Point) -> float:
 
 def _shipped(card: Card, point: Point) -> Iterator[Tile]:
     """What would run if nothing were measured here, and what would run on other cards of its kind."""
-    major, minor = card.capability
-    for name in (tiles.slug(card.gpu), f"sm_{major}{minor}"):
-        path = tiles.shipped(name)
+    for path in tiles.shipped_for(card.gpu, card.capability):
         if path.is_file():
             yield tiles.read(path).tile(point.m, point.n, point.k)
 
