@@ -178,7 +178,8 @@ class System:
             return {"gpu_ms": 0.0, "kernels": {}}
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             self.generate(workload, seed=-1)
-        ran = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+        events = profiler.events()
+        ran = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
         kernels: dict[str, list[float]] = {}
         for event in ran:
             found = kernels.setdefault(event.name, [0, 0.0])
