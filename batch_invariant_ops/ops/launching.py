@@ -1,4 +1,5 @@
-"""Launches that take little of the host's time: a step that no CUDA graph launches waits for all of them.
+"""Launches that take little of the host's time: a step that no CUDA graph launches waits for all of them, and a graph's
+capture at a server's start.
 
 Microseconds of a call on the host of an H200, vLLM 0.26's: Triton's own search for a kernel's compiled form 25, torch's
 ``new_empty`` some three times that of the allocation that torch.compile's code makes.
@@ -6,7 +7,7 @@ Microseconds of a call on the host of an H200, vLLM 0.26's: Triton's own search 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,20 +34,35 @@ class Launcher:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self.compiled: dict[Hashable, Any] = {}
+        self.compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
 
-    def __call__(self, key: Hashable, grid: tuple[int, int, int], operands: Sequence[Any], **options: int) -> None:
+    def __call__(
+        self, key: Hashable, grid: tuple[int, int, int], operands: Sequence[Any], options: Mapping[str, Any]
+    ) -> None:
         """Launch on the current device's current stream.
 
         Args:
             key: all that Triton would compile the kernel anew for: the device, types, constants, and what it sees in
                 numbers.
             grid: programs along each axis.
-            operands: the kernel's arguments in order, constants included.
-            options: the compiler's, as ``num_warps``.
+            operands: the kernel's arguments in order, up to some that ``options`` has by name.
+            options: those, and the compiler's, as ``num_warps``. The key tells different ones apart.
         """
-        compiled = self.compiled.get(key)
-        if compiled is None:
-            self.compiled[key] = self.kernel[grid](*operands, **options)  # None from the interpreter
-        else:
-            compiled[grid](*operands)
+        found = self.compiled.get(key)
+        if found is not None:
+            compiled, rest = found
+            compiled[grid](*operands, *rest)
+            return
+        compiled = self.kernel[grid](*operands, **options)
+        if compiled is not None:  # as from the interpreter
+            names = self.kernel.arg_names[len(operands) :]
+            self.compiled[key] = compiled, tuple(options[name] for name in names)
+
+
+def seen(operand: Any) -> Hashable:
+    """What Triton sees in an argument of a kernel and compiles it for, of each that a key is to have."""
+    if isinstance(operand, int):
+        return operand == 1, operand % 16 == 0, operand >= 2**31
+    if isinstance(operand, torch.Tensor):
+        return operand.dtype, operand.data_ptr() % 16 == 0
+    return operand and (operand.base.dtype, *operand.block_shape)  # None, or a description for the copy engine

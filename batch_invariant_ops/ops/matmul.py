@@ -10,12 +10,14 @@ seen not to matter.
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 
 from batch_invariant_ops import tiles
 from batch_invariant_ops.ops import dependent, specialised, vendor_gemm
+from batch_invariant_ops.ops.launching import Launcher, seen
 from batch_invariant_ops.ops.rows import on_device_of, row_step
 from batch_invariant_ops.proof import probe, same_bits
 from batch_invariant_ops.tiles import PLAIN, SPECIALISED, Tile, card
@@ -267,13 +269,20 @@ def _launch(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, tile: T
     kernel, grid, operands, options = _call(a, b, bias, c, tile)
     with on_device_of(a):
         try:
-            kernel[grid](*operands, **options)
+            _launcher(kernel)(_launch_key(a, operands, options), (*grid, 1), operands, options)
         except Exception as error:  # whatever a compiler may raise
             if kernel not in specialised.KERNELS:
                 raise
             specialised.give_up(error)
             return _launch(a, b, bias, tile)
     return c
+
+
+_launcher = functools.cache(Launcher)
+
+
+def _launch_key(a: torch.Tensor, operands: tuple[Any, ...], options: dict[str, Any]) -> Hashable:
+    return a.get_device(), *options.values(), *map(seen, operands)
 
 
 Call = tuple[Any, tuple[int, int], tuple[Any, ...], dict[str, Any]]

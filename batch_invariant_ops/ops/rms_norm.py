@@ -158,7 +158,7 @@ def _run(
         operands = (
             rows, residual_rows, weight_or_any, out, total, *steps, length, eps, *constants, has_residual, has_weight,
         )  # fmt: skip
-        _launch(key, (num_rows, 1, 1), operands, **options)
+        _launch(key, (num_rows, 1, 1), operands, options)
     if x.dim() != 2:
         return out.view(x.shape), total.view(x.shape)
     return out, total

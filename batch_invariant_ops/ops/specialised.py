@@ -278,7 +278,7 @@ def call(
     thin_of = [described(thin, [lines, part, LINE]) for part in tile.thin_parts]
     wide_tiles = -(-wide.shape[0] // tile.wide)
     programs = wide_tiles * -(-thin.shape[0] // tile.thin)
-    c_of = wide_of[:1]  # nobody looks at this one
+    c_of = []
     if laid := _is_laid_out(tile):
         kind = gl.bfloat16 if c.dtype == torch.bfloat16 else gl.float16
         blocks = [[tile.wide, part] for part in tile.thin_parts]
@@ -286,9 +286,8 @@ def call(
             Descriptor(c, [*c.shape], [row_step(c), 1], block, gl.NVMMASharedLayout.get_default_for(block, kind))
             for block in blocks
         ]
-    # where there is one part, the second description is the first, and unused
-    tensors = (wide_of[0], wide_of[-1], thin_of[0], thin_of[-1], bias, c, c_of[0], c_of[-1])
-    operands = (*tensors, *c.shape, -(-x.shape[1] // tile.k), wide_tiles)
+    described_parts = (part for of in (wide_of, thin_of) for part in (*of, None)[:2])
+    operands = (*described_parts, bias, c, *(*c_of, None, None)[:2], *c.shape, -(-x.shape[1] // tile.k), wide_tiles)
     return _specialised_kernel, (programs, 1), operands, {
         "WIDE": tile.wide, "REST": rest, "FED": tile.fed, "THIN": larger, "MORE": smaller, "LINES": lines,
         "STAGES": tile.stages, "BEHIND": tile.behind, "SWAP": tile.swap, "HAS_BIAS": bias is not None,

@@ -128,6 +128,31 @@ def test_every_form_is_captured_in_a_graph(form):
         assert same_bits(y, expected)
 
 
+@pytest.mark.parametrize("form", tiles.FORMS)
+def test_calls_that_differ_in_what_is_compiled_for_each_get_their_own_kernel(form, values):
+    """Compiled kernels are kept, so a call with operands like another's in all but one thing comes right after it."""
+    tile = copied(form)[0]
+    room = {dtype: values(64, 2 * 520 + 8, dtype=dtype, seed=1) for dtype in (torch.bfloat16, torch.float16)}
+
+    def operands(m=40, n=520, k=512, at=0, dtype=torch.bfloat16, has_bias=True, wide=False):
+        x = values(m, k + at, dtype=dtype)[:, at:] if at else values(m, k, dtype=dtype)
+        w = (0.1 * values(n, k, seed=2)).to(dtype)
+        w = torch.cat((w, w), 1)[:, :k] if wide else w
+        return x, w.t(), room[dtype][0, at : n + at] if has_bias else None
+
+    asked = [
+        operands(), operands(at=1), operands(at=8), operands(m=1), operands(n=519), operands(n=16), operands(k=511),
+        operands(k=500), operands(dtype=torch.float16), operands(has_bias=False), operands(wide=True),
+    ]  # fmt: skip
+    for turn in range(2):
+        for x, w, bias in asked:
+            y = matmul.gemm(x, w, bias, tile=tile)
+            exact = x.double() @ w.double() + (0 if bias is None else bias.double())
+            assert bool(((y.double() - exact).abs() <= 0.01 * exact.abs() + 0.02).all()), (turn, x.shape, w.shape)
+            copies = (None if t is None else t.clone(memory_format=torch.contiguous_format) for t in (x, w, bias))
+            assert same_bits(y, matmul.gemm(*copies, tile=tiles.SAFE))
+
+
 def test_on_this_card_the_copy_engine_is_what_runs():
     # asked here and not in a mark: whoever collects the tests must not use CUDA before its settings are made
     if torch.cuda.get_device_capability() < (9, 0):
