@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from batch_invariant_ops import tiles
 from batch_invariant_ops.ops import dependent
-from batch_invariant_ops.tiles import SAFE, Table, Tile
+from batch_invariant_ops.tiles import SAFE, SPECIALISED, Table, Tile
 from batch_invariant_ops.tuning import bands
 from batch_invariant_ops.tuning.bench import Bench, OutOfMemory
 from batch_invariant_ops.tuning.candidates import Card, candidates
@@ -20,6 +20,8 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 409
 LARGEST_OUTPUT = 2**30
 WINNERS = 3
 """Tiles that are handed on from the number of rows before."""
+LAUNCHED = 4
+"""Tiles that are tried launched the other way, too: by that they gain, or lose, by as much as they differ."""
 FIRST_RUNG = 0.7
 """Of a point's time, for the first measurement of its tiles."""
 
@@ -70,6 +72,9 @@ class Run:
         deadline = self.clock() + self.seconds
         for point in self.missing:
             self.bench.foresee(point, self._new(point))
+        if self._launches:
+            for point in self.missing:
+                self.bench.foresee(point, [_twin(tile) for tile in self._new(point) if tile.form == SPECIALISED])
         number = 0
         for shape, group in itertools.groupby(self.missing, key=lambda point: (point.n, point.k)):
             begun, points = self.clock(), list(group)
@@ -137,15 +142,23 @@ class Run:
         self.journal.add(point, replace(found, skipped=skipped, over_vendor=over_vendor, vendor_rank=rank))
 
     def _other_launch(self, point: Point, found: Found, seconds: float) -> tuple[Found, int]:
-        """The fastest tile once more, launched the other way; what was found then, and how many did not compile."""
-        if self.bench.card.capability < dependent.CAPABILITY:
+        """The fastest tiles once more, launched either way; what was found then, and how many did not compile."""
+        if not self._launches:
             return found, 0
-        there, failed = self.bench.point(point, [replace(found.best, follows=not found.best.follows)], seconds)
+        order = sorted(found.times, key=found.times.__getitem__)
+        fastest = [tile for tile in order if _twin(tile) not in order[: order.index(tile)]][:LAUNCHED]
+        twins = [_twin(tile) for tile in fastest]
+        there, failed = self.bench.point(point, twins, seconds)
         if not there:
             return found, failed
-        again = search([found.best, *there], self.bench.measure, least=2)
+        again = search([*fastest, *there], self.bench.measure, least=len(fastest) + len(there))
         skipped, took = found.skipped + again.skipped, found.seconds + again.seconds
         return replace(again, times=found.times | again.times, skipped=skipped, seconds=took), failed
+
+    @property
+    def _launches(self) -> bool:
+        """Whether kernels can be launched in two ways here."""
+        return self.bench.card.capability >= dependent.CAPABILITY
 
     def _known(self, point: Point) -> Iterator[Tile]:
         """The fixed tile and the winners nearby: those of fewer rows, of other shapes, and of the shipped tables.
@@ -170,6 +183,11 @@ class Run:
         if self.kept is not None:
             return [*self._known(point)]
         return [SAFE, *candidates(point.m, point.n, point.k, self.bench.card)]
+
+
+def _twin(tile: Tile) -> Tile:
+    """The same, launched the other way."""
+    return replace(tile, follows=not tile.follows)
 
 
 def weight(point: Point) -> float:
