@@ -88,7 +88,7 @@ def operations(device: torch.device, shape: Shape) -> dict[str, Check]:
     of_logits: dict[str, RowOperation] = {
         "log_softmax": lambda x: torch.log_softmax(x.float(), dim=-1),
         "softmax": lambda x: torch.softmax(x.float(), dim=-1),
-        "topk": lambda x: topk.topk(x, min(20, x.shape[-1]))[1],
+        "topk": lambda x: topk.topk(x.float(), min(topk.ASKED, x.shape[-1]))[1],
     }
     of_hidden: dict[str, RowOperation] = {}
     if device.type == "cuda":

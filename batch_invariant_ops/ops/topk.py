@@ -24,6 +24,8 @@ LARGEST = 2**31 - 1
 MOST_BY_TRITON = 64
 """k above which rows are sorted: the kernels look through a block k times."""
 BLOCK = 4096
+ASKED = 20
+"""k up to which one compiled kernel serves: the most alternatives that a server names unless told otherwise."""
 
 if triton is not None:
     _LARGEST = tl.constexpr(LARGEST)
@@ -138,7 +140,7 @@ def _by_triton(x: torch.Tensor, k: int) -> torch.Tensor:
         if blocks == 1:
             return _places(keys)
         merged = torch.empty((rows.shape[0], k), dtype=torch.int64, device=x.device)
-        block = triton.next_power_of_2(blocks * k)
+        block = triton.next_power_of_2(blocks * max(k, ASKED))
         _merge_kernel[(rows.shape[0],)](keys, merged, blocks * k, k, BLOCK=block, num_warps=8)
     return _places(merged)
 
