@@ -17,7 +17,6 @@ import logging
 import os
 import platform
 import re
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from batch_invariant_ops.ops import cublaslt, vendor_gemm
 from batch_invariant_ops.proof import Window
 from batch_invariant_ops.reduction import CONTRACT_VERSION
 from batch_invariant_ops.vendor import WORKSPACES
+from batch_invariant_ops.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 FORMAT = 4
@@ -104,25 +104,6 @@ def save(case: Case, device: torch.device, certificate: Certificate) -> Path:
     path = _path(case, device)
     write_whole(path, json.dumps(content, indent=2) + "\n")
     return path
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file at once, whole or not at all, and its folder where there is none.
-
-    Raises:
-        OSError: the folder cannot be made or written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=".unfinished-", suffix=".json")
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(unfinished, 0o644)
-        os.replace(unfinished, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(unfinished)
-        raise
 
 
 def load(case: Case, device: torch.device) -> Certificate | None:

@@ -11,10 +11,11 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from batch_invariant_ops.whole_files import write_whole
 
 WEIGHTS = (("*.safetensors",), ("*.bin", "*.pt", "*.pth"), ("*.gguf",))
 """Kinds of weights; the first kind that a folder holds is the one that is loaded."""
@@ -105,8 +106,4 @@ def _remembered() -> Iterator[dict[str, list[object]]]:
     yield known
     if known != before:
         with contextlib.suppress(OSError, RuntimeError):
-            _cache().parent.mkdir(parents=True, exist_ok=True)
-            handle, unfinished = tempfile.mkstemp(dir=_cache().parent)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(known, file)
-            os.replace(unfinished, _cache())
+            write_whole(_cache(), json.dumps(known))

@@ -1,10 +1,12 @@
 """What every test can rely on, wherever the suite was started from, and the real servers that tests share."""
 
+import importlib.util
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -16,6 +18,22 @@ from real_server import PRESET, ROOT, SMALL_BATCHES, RealServer, running
 # the tests of Ctrl-C would then wait for an end that never comes.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def benchmark_module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """benchmark_module(name): one of the benchmarks, imported anew, for as long as the test lasts."""
+
+    def load(name: str) -> ModuleType:
+        folder = ROOT / "benchmarks"
+        monkeypatch.syspath_prepend(str(folder))
+        spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

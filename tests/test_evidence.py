@@ -1,17 +1,16 @@
 """The command that gathers a GPU's evidence: jobs spread over cards, each with its log, and how each ended."""
 
 import csv
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def evidence(tmp_path, monkeypatch):
+def evidence(tmp_path, monkeypatch, benchmark_module):
     """The module, on a machine whose nvidia-smi tells of two cards."""
     tool = tmp_path / "bin" / "nvidia-smi"
     tool.parent.mkdir()
@@ -19,13 +18,8 @@ def evidence(tmp_path, monkeypatch):
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tool.parent), prepend=":")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.chdir(tmp_path)
-    spec = importlib.util.spec_from_file_location("evidence", FOLDER / "evidence.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "evidence", module)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark_module("evidence")
 
 
 @pytest.fixture
@@ -89,5 +83,5 @@ def test_cards_that_are_not_there_are_refused(evidence, gathered, monkeypatch, c
 def test_the_real_jobs_name_what_is_there(evidence):
     for name, job in evidence.JOBS.items():
         scripts = [word for word in job.command if word.endswith(".py")]
-        assert all((FOLDER.parent / script).is_file() for script in scripts), name
+        assert all((ROOT / script).is_file() for script in scripts), name
         assert [word.format(out="o", model="m") for word in job.command]

@@ -1,25 +1,19 @@
 """What the benchmark of starts says of engines whose bits are, or are not, alike."""
 
 import csv
-import importlib.util
 import os
 import sys
-from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
 GOOD = {"plain": [(0, "a"), (0, "b"), (1, "a")], "kit": [(9, "k"), (9, "k"), (9, "k")]}
 
 
 @pytest.fixture
-def verdict(tmp_path, monkeypatch):
+def verdict(tmp_path, monkeypatch, benchmark_module):
     """verdict(bits): the exit status and the rows, of engines that answer so in their three starts."""
-    monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.setattr(os, "environ", dict(os.environ))  # what the benchmark sets is gone after the test
-    spec = importlib.util.spec_from_file_location("starts", FOLDER / "starts.py")
-    starts = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(starts)
+    starts = benchmark_module("starts")
 
     def run(bits):
         seen = {name: iter(found) for name, found in bits.items()}

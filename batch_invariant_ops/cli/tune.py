@@ -31,6 +31,7 @@ from batch_invariant_ops.tuning.bench import Bench, Broken
 from batch_invariant_ops.tuning.journal import Journal, Unusable
 from batch_invariant_ops.tuning.run import Run, measurements, weight
 from batch_invariant_ops.tuning.search import NothingRan, OtherBits
+from batch_invariant_ops.whole_files import write_whole
 
 DTYPES = ("bfloat16", "float16")
 LEAST_SECONDS = 1.0
@@ -125,7 +126,7 @@ def _tune(tune: Run, path: Path, dtype: str) -> int:
     if shipped.is_file() and shipped.resolve() != path.resolve():
         about["base"] = tiles.slug(card.gpu)  # whose shapes a server has, too
     told = measurements({point: what for point, what in found.items() if (point.n, point.k) in table.shapes})
-    certificates.write_whole(path, _text(tiles.content_of(table, **about, measured=told)) + "\n")
+    write_whole(path, _text(tiles.content_of(table, **about, measured=told)) + "\n")
     tried = sum(len(found[point].times) for point in tune.missing if point in found)
     skipped = sum(found[point].skipped for point in tune.missing if point in found)
     much = "" if ratio is None else f", on average {ratio:.2f} of the fixed tile's time"

@@ -134,8 +134,9 @@ class Run:
             least=sum(tile in first for tile in there), until=self.clock() + FIRST_RUNG * share, clock=self.clock,
             told=lambda done, total: told(number, point, done, total),
         )  # fmt: skip
-        found, unready = self._other_launch(point, found, share / 4)
-        failed += unready
+        if self._launches and self.clock() < deadline:
+            found, unready = self._other_launch(point, found, share / 4)
+            failed += unready
         ratio, rank = self.bench.over_vendor(found.best) or (None, 0)
         over_vendor = ratio and round(ratio, 3)
         skipped = found.skipped + failed
@@ -143,8 +144,6 @@ class Run:
 
     def _other_launch(self, point: Point, found: Found, seconds: float) -> tuple[Found, int]:
         """The fastest tiles once more, launched either way; what was found then, and how many did not compile."""
-        if not self._launches:
-            return found, 0
         order = sorted(found.times, key=found.times.__getitem__)
         fastest = [tile for tile in order if _twin(tile) not in order[: order.index(tile)]][:LAUNCHED]
         twins = [_twin(tile) for tile in fastest]
