@@ -106,4 +106,4 @@ def _remembered() -> Iterator[dict[str, list[object]]]:
     yield known
     if known != before:
         with contextlib.suppress(OSError, RuntimeError):
-            write_whole(_cache(), json.dumps(known))
+            write_whole(_cache(), json.dumps(known), mode=0o600)  # it names what lies where

@@ -8,8 +8,8 @@ import tempfile
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file at once, whole or not at all, and its folder where there is none.
+def write_whole(path: Path, text: str, mode: int = 0o644) -> None:
+    """Write a file of that mode at once, whole or not at all, and its folder where there is none.
 
     Raises:
         OSError: the folder cannot be made or written.
@@ -19,7 +19,7 @@ def write_whole(path: Path, text: str) -> None:
     try:
         with open(handle, "w", encoding="utf-8") as file:
             file.write(text)
-        os.chmod(unfinished, 0o644)
+        os.chmod(unfinished, mode)
         os.replace(unfinished, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -140,6 +140,11 @@ def test_the_same_files_elsewhere_have_the_same_hash(model):
     assert model_files.settings([copy]) == model_files.settings([elsewhere]) is not None
 
 
+def test_what_lies_where_is_for_its_owner_to_read(model, cache):
+    model_files.weights(model)
+    assert cache.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_model_is_read_once(model, monkeypatch, cache):
     found = model_files.weights(model)
     assert cache.is_file()

@@ -286,13 +286,18 @@ def call(
             Descriptor(c, [*c.shape], [row_step(c), 1], block, gl.NVMMASharedLayout.get_default_for(block, kind))
             for block in blocks
         ]
-    described_parts = (part for of in (wide_of, thin_of) for part in (*of, None)[:2])
-    operands = (*described_parts, bias, c, *(*c_of, None, None)[:2], *c.shape, -(-x.shape[1] // tile.k), wide_tiles)
+    numbers = (*c.shape, -(-x.shape[1] // tile.k), wide_tiles)
+    operands = (*_two(wide_of), *_two(thin_of), bias, c, *_two(c_of), *numbers)
     return _specialised_kernel, (programs, 1), operands, {
         "WIDE": tile.wide, "REST": rest, "FED": tile.fed, "THIN": larger, "MORE": smaller, "LINES": lines,
         "STAGES": tile.stages, "BEHIND": tile.behind, "SWAP": tile.swap, "HAS_BIAS": bias is not None,
         "LAID": laid, "COPYING_WARP": COPYING_REGISTERS, "num_warps": tile.warps,
     }  # fmt: skip
+
+
+def _two(described: list[Any]) -> tuple[Any, ...]:
+    """As the kernel takes them: nothing for a part that there is not, which costs a launch nothing."""
+    return (*described, None, None)[:2]
 
 
 def _is_laid_out(tile: Tile) -> bool:

@@ -70,11 +70,11 @@ class Run:
             OtherBits, Broken, NothingRan: see there. What was measured before is kept.
         """
         deadline = self.clock() + self.seconds
-        for point in self.missing:
-            self.bench.foresee(point, self._new(point))
+        new = [(point, self._new(point)) for point in self.missing]
         if self._launches:
-            for point in self.missing:
-                self.bench.foresee(point, [_twin(tile) for tile in self._new(point) if tile.form == SPECIALISED])
+            new += [(point, [_twin(tile) for tile in asked if tile.form == SPECIALISED]) for point, asked in new]
+        for point, asked in new:
+            self.bench.foresee(point, asked)
         number = 0
         for shape, group in itertools.groupby(self.missing, key=lambda point: (point.n, point.k)):
             begun, points = self.clock(), list(group)
@@ -145,7 +145,7 @@ class Run:
     def _other_launch(self, point: Point, found: Found, seconds: float) -> tuple[Found, int]:
         """The fastest tiles once more, launched either way; what was found then, and how many did not compile."""
         order = sorted(found.times, key=found.times.__getitem__)
-        fastest = [tile for tile in order if _twin(tile) not in order[: order.index(tile)]][:LAUNCHED]
+        fastest = [tile for place, tile in enumerate(order) if _twin(tile) not in order[:place]][:LAUNCHED]
         twins = [_twin(tile) for tile in fastest]
         there, failed = self.bench.point(point, twins, seconds)
         if not there:
