@@ -72,7 +72,9 @@ def test_dropped_connections_are_retried_and_counted(serve, harness, tmp_path):
 
 
 def test_connections_that_are_reset_at_random_lose_nothing(serve, harness, tmp_path):
-    done, content = reported(harness, serve(rates={"drop": 0.2}, seed=3), tmp_path, "--background", "2")
+    done, content = reported(
+        harness, serve(rates={"drop": 0.2}, seed=3), tmp_path, "--background", "2", "--retries", "20"
+    )
     assert done.returncode == 0
     assert content["answered"] == 100
     assert content["retried_connections"] > 10
