@@ -1,5 +1,6 @@
 """What every test can rely on, wherever the suite was started from, and the real servers that tests share."""
 
+import contextlib
 import importlib.util
 import signal
 import subprocess
@@ -18,6 +19,13 @@ from real_server import PRESET, ROOT, SMALL_BATCHES, RealServer, running
 # the tests of Ctrl-C would then wait for an end that never comes.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+with contextlib.suppress(ModuleNotFoundError):  # the GPU tests do without
+    import hypothesis
+
+    # how long an example takes says more of the machine than of the code
+    hypothesis.settings.register_profile("any machine", deadline=None)
+    hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture

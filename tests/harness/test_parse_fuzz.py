@@ -12,7 +12,7 @@ scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | 
 anything = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner), max_leaves=12
 )
-MOST = settings(max_examples=300, deadline=None)
+MOST = settings(max_examples=300)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS, ids=str)

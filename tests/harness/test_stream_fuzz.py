@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from oracle import DIALECTS, parsed, streamed
 from test_parse_fuzz import anything
 
-MOST = settings(max_examples=200, deadline=None)
+MOST = settings(max_examples=200)
 ENDS = st.sampled_from(["\n", "\r\n", "\r"])
 
 

@@ -14,7 +14,7 @@ from batch_invariant_ops.ops.linear import linear
 
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 SEEDS = st.integers(0, 2**16)
-relaxed = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+relaxed = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def values(seed, *shape, dtype=torch.float32):

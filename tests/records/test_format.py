@@ -93,7 +93,7 @@ def refused(path: Path, content: bytes) -> RecordError:
     return error.value
 
 
-anything_goes = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+anything_goes = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @anything_goes

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 from dataclasses import astuple, replace
 
 import pytest
@@ -269,10 +268,9 @@ class TestBench:
         with pytest.raises(Unfit, match=said):
             bench.measure(tile, 1)
         assert list(told) == [tile] and said in told[tile]
-        begun = time.monotonic()
         with pytest.raises(Unfit, match=said):
             bench.measure(tile, 1)
-        assert time.monotonic() - begun < 1 and bench._restarts == 1
+        assert bench._restarts == 1
         assert bench.measure(SAFE, 1) == 11.0
         assert bench.point(POINT, [SAFE, tile], 1) == ([SAFE], 1)
 
