@@ -190,6 +190,8 @@ def _powers(rows: int) -> tuple[int, ...]:
 
 SAFE = Tile(m=64, n=64, k=32, warps=4, stages=3)
 FP32 = Tile(m=64, n=64, k=32, warps=4, stages=2)
+TF32 = Tile(m=128, n=128, k=32, warps=8, stages=3)
+"""For any number of rows: that another tile has its bits was not seen yet."""
 Bands = tuple[tuple[int, Tile], ...]
 Ranges = tuple[tuple[int, int], ...]
 Ranks = tuple[tuple[int, int], ...]

@@ -9,6 +9,7 @@ import triton.language as tl
 def _persistent_kernel(
     a_ptr, b_ptr, c_ptr, M, N, K, stride_am, stride_ak, stride_bk, stride_bn, stride_cm, stride_cn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PROGRAMS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """c = a·b; each program walks over output tiles, PROGRAMS apart."""
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -33,7 +34,7 @@ def _persistent_kernel(
                 mask=depth[:, None] < K,
                 other=0.0,
             )
-            sums = tl.dot(a, b, sums)
+            sums = tl.dot(a, b, sums, input_precision=PRECISION)
         tl.store(
             c_ptr + rows[:, None] * stride_cm + columns[None, :] * stride_cn,
             sums.to(c_ptr.dtype.element_ty),
@@ -41,8 +42,11 @@ def _persistent_kernel(
         )
 
 
-def matmul_one_tile(a, b):
-    """Thinking Machines' form: one persistent kernel, the tile 128 x 128 x 64 (fp16: 128 x 256 x 64) for every M.
+def matmul_one_tile(a, b, precision="ieee"):
+    """Thinking Machines' form: one persistent kernel, one tile for every M.
+
+    That is 128 x 128 x 64, in fp16 128 x 256 x 64, in fp32 128 x 128 x 32. precision: of products of fp32, "tf32", as
+    theirs always are, or "ieee".
 
     Design: https://github.com/thinking-machines-lab/batch_invariant_ops
     """
@@ -50,10 +54,12 @@ def matmul_one_tile(a, b):
     n = b.shape[1]
     c = torch.empty((m, n), device=a.device, dtype=a.dtype)
     block_n = 256 if a.dtype == torch.float16 else 128
+    block_k = 32 if a.dtype == torch.float32 else 64
     programs = torch.cuda.get_device_properties(a.device).multi_processor_count
     grid = (min(programs, triton.cdiv(m, 128) * triton.cdiv(n, block_n)),)
     _persistent_kernel[grid](
         a, b, c, m, n, k, *a.stride(), *b.stride(), *c.stride(),
-        BLOCK_M=128, BLOCK_N=block_n, BLOCK_K=64, GROUP_M=8, PROGRAMS=programs, num_warps=8, num_stages=3,
+        BLOCK_M=128, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=8, PROGRAMS=programs, PRECISION=precision,
+        num_warps=8, num_stages=3,
     )  # fmt: skip
     return c

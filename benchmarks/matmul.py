@@ -38,6 +38,9 @@ BANDS = {"M <= 64": (1, 64), "64 < M < 256": (65, 255), "M >= 256": (256, 10**9)
 SHIPPED = "cublas as shipped"
 KIT_ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "1"}
 IMPLEMENTATIONS = {SHIPPED: "shipped", "auto": "kit", "triton": "kit", "thinking-machines": "kit", "vllm-0.33": "kit"}
+DTYPES = {"bf16": ("bfloat16", 2), "fp16": ("float16", 2), "fp32": ("float32", 4), "tf32": ("float32", 4)}
+"""torch's name, and bytes of an element. tf32: torch's switch asks all implementations for that, else for IEEE."""
+HALVES = ("bf16", "fp16")
 LARGEST_OUTPUT = 2**30
 ROUNDS = 5
 CHECKED = 16
@@ -47,16 +50,19 @@ PLACES, PLACED_ROWS = 4, 512
 """Of x in memory, and up to which M."""
 
 
-def implementation(name):
+def implementation(name, dtype):
     """A function of (x, w) for one name; imported in the worker alone, after its environment was set."""
     import torch
 
+    precision = "tf32" if dtype == "tf32" else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = precision
     if name == SHIPPED:
         return torch.nn.functional.linear
     from batch_invariant_ops import vendor
     from batch_invariant_ops.ops import linear, matmul
 
     vendor.prepare()
+    torch.backends.cuda.matmul.fp32_precision = precision
     if name == "auto":
         return linear.linear
     if name == "triton":
@@ -64,7 +70,7 @@ def implementation(name):
     if name == "thinking-machines":
         from baselines import matmul_one_tile
 
-        return lambda x, w: matmul_one_tile(x, w.t())
+        return lambda x, w: matmul_one_tile(x, w.t(), precision)
     import peer.batch_invariant as peer
 
     peer._resolve_block_sizes()
@@ -74,10 +80,10 @@ def implementation(name):
 class Case:
     """One (implementation, M, N, K): a captured graph of calls over rotating weights."""
 
-    def __init__(self, name, m, weights):
+    def __init__(self, name, m, dtype, weights):
         import torch
 
-        run = implementation(name)
+        run = implementation(name, dtype)
         generator = torch.Generator(device="cuda").manual_seed(m)
         x = torch.randn(m, weights[0].shape[1], device="cuda", generator=generator).to(weights[0].dtype)
         # the graph reads them, but does not keep them
@@ -117,7 +123,6 @@ def worker():
     """Answer the parent's questions, one JSON object a line: make weights, make cases, time them."""
     import torch
 
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     weights, cases = [], {}
     for line in sys.stdin:
         ask = json.loads(line)
@@ -126,15 +131,16 @@ def worker():
             cases.clear()
             weights.clear()
             l2 = torch.cuda.get_device_properties(0).L2_cache_size
-            copies = max(2, math.ceil(3 * l2 / (ask["n"] * ask["k"] * 2)))
+            dtype, itemsize = DTYPES[ask["dtype"]]
+            copies = max(2, math.ceil(3 * l2 / (ask["n"] * ask["k"] * itemsize)))
             generator = torch.Generator(device="cuda").manual_seed(0)
             for _ in range(min(copies, 64)):
                 w = torch.randn(ask["n"], ask["k"], device="cuda", generator=generator) * 0.02
-                weights.append(w.to(dtypes[ask["dtype"]]))
+                weights.append(w.to(getattr(torch, dtype)))
         elif ask["do"] == "case":
             cases.clear()
             for name in ask["names"]:
-                cases[name] = Case(name, ask["m"], weights)
+                cases[name] = Case(name, ask["m"], ask["dtype"], weights)
             answer = {name: case.error for name, case in cases.items()}
         elif ask["do"] == "time":
             answer = cases[ask["name"]].microseconds()
@@ -170,32 +176,37 @@ class Worker:
         return json.loads(line)
 
 
-def measure(shapes, sizes, dtypes, names):
-    """Rows of the CSV, a case at a time."""
-    workers = {environment: Worker(environment) for environment in dict.fromkeys(IMPLEMENTATIONS[n] for n in names)}
+def measure(shapes, sizes, dtypes, all_names):
+    """Rows of the CSV, for a case at a time those of all implementations."""
+    workers = {environment: Worker(environment) for environment in dict.fromkeys(IMPLEMENTATIONS[n] for n in all_names)}
     versions = workers["shipped"].ask(do="versions")
     for dtype in dtypes:
+        names = [name for name in all_names if name != "vllm-0.33" or dtype in HALVES]
+        itemsize = DTYPES[dtype][1]
         for model, n, k in shapes:
             for one in workers.values():
                 one.ask(do="shape", n=n, k=k, dtype=dtype)
             for m in (size for size in sizes if size * n <= LARGEST_OUTPUT):
                 errors = {}
                 for environment, one in workers.items():
-                    errors |= one.ask(do="case", m=m, names=[x for x in names if IMPLEMENTATIONS[x] == environment])
+                    of_it = [name for name in names if IMPLEMENTATIONS[name] == environment]
+                    errors |= one.ask(do="case", m=m, dtype=dtype, names=of_it)
                 times = defaultdict(list)
                 for turn in range(ROUNDS):
                     for name in names[turn % len(names) :] + names[: turn % len(names)]:
                         times[name].append(workers[IMPLEMENTATIONS[name]].ask(do="time", name=name))
+                rows = []
                 for name in names:
                     us = statistics.median(times[name])
-                    yield {
+                    rows.append({
                         **versions, "model": model, "dtype": dtype, "n": n, "k": k, "m": m, "implementation": name,
                         "us": round(us, 3), "us_min": round(min(times[name]), 3), "us_max": round(max(times[name]), 3),
                         "ratio": round(us / statistics.median(times[SHIPPED]), 4),
                         "tflops": round(2 * m * n * k / us * 1e-6, 2),
-                        "gb_per_s": round(2 * (m * k + n * k + m * n) / us * 1e-3, 1),
+                        "gb_per_s": round(itemsize * (m * k + n * k + m * n) / us * 1e-3, 1),
                         "error": f"{errors[name]:.6g}",
-                    }  # fmt: skip
+                    })  # fmt: skip
+                yield rows
     for one in workers.values():
         one.process.stdin.close()
         one.process.wait()
@@ -207,16 +218,23 @@ def case(row):
 
 
 def summary(rows):
-    """Per implementation and band of M: geometric mean and worst of the ratio to cuBLAS as shipped; the errors'."""
+    """Per implementation and band of M: geometric mean and worst of the ratio to cuBLAS as shipped; the errors'.
+
+    Of several dtypes each has its own.
+    """
     result = defaultdict(dict)
     shipped = {case(row): float(row["error"]) for row in rows if row["implementation"] == SHIPPED}
-    for name in dict.fromkeys(row["implementation"] for row in rows):
+    one_dtype = len({row["dtype"] for row in rows}) == 1
+    alike = defaultdict(list)
+    for row in rows:
+        alike[row["implementation"] if one_dtype else f"{row['implementation']}, {row['dtype']}"].append(row)
+    for name, of_it in alike.items():
         for band, (low, high) in BANDS.items():
-            ratios = [float(r["ratio"]) for r in rows if r["implementation"] == name and low <= int(r["m"]) <= high]
+            ratios = [float(row["ratio"]) for row in of_it if low <= int(row["m"]) <= high]
             if ratios:
                 mean = math.exp(statistics.fmean(math.log(r) for r in ratios))
                 result[name][band] = {"geometric_mean": round(mean, 4), "worst": max(ratios), "cases": len(ratios)}
-        errors = [float(row["error"]) / shipped[case(row)] for row in rows if row["implementation"] == name]
+        errors = [float(row["error"]) / shipped[case(row)] for row in of_it]
         result[name]["error"] = {"median": round(statistics.median(errors), 4), "worst": round(max(errors), 4)}
     return dict(result)
 
@@ -226,7 +244,9 @@ def main():
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/matmul.csv", help="the CSV to write")
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES), help="whose shapes to measure")
-    parser.add_argument("--dtypes", nargs="+", choices=("bf16", "fp16"), default=["bf16"])
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, default=["bf16"], metavar="DTYPE", help=", ".join(DTYPES)
+    )
     parser.add_argument("--quick", action="store_true", help=f"M = {QUICK_SIZES} alone")
     arguments = parser.parse_args()
     if arguments.worker:
@@ -237,23 +257,22 @@ def main():
     rows = []
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("w", newline="", encoding="utf-8") as file:
-        for row in measure(shapes, sizes, arguments.dtypes, names):
+        for alike in measure(shapes, sizes, arguments.dtypes, names):
             if not rows:
-                writer = csv.DictWriter(file, row)
+                writer = csv.DictWriter(file, alike[0])
                 writer.writeheader()
-            rows.append(row)
-            writer.writerow(row)
+            rows += alike
+            writer.writerows(alike)
             file.flush()
-            if row["implementation"] == names[-1]:
-                latest = "  ".join(f"{r['implementation']} {r['ratio']:.2f}" for r in rows[-len(names) :])
-                print(f"{row['dtype']} N={row['n']} K={row['k']} M={row['m']}: {latest}", flush=True)
+            ratios = "  ".join(f"{row['implementation']} {row['ratio']:.2f}" for row in alike)
+            print("{dtype} N={n} K={k} M={m}: ".format(**alike[0]) + ratios, flush=True)
     found = summary(rows)
     about = {key: rows[0][key] for key in ("gpu", "torch", "triton", "cublas")}
     text = json.dumps({**about, "ratio_to": SHIPPED, "bands": found}, indent=2)
     arguments.out.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
     for name, bands in found.items():
         of = {band: bands[band] for band in BANDS if band in bands}
-        print(f"{name:20}", *(f"{b}: {v['geometric_mean']:.2f} ({v['worst']:.2f})" for b, v in of.items()), sep="  ")
+        print(f"{name:26}", *(f"{b}: {v['geometric_mean']:.2f} ({v['worst']:.2f})" for b, v in of.items()), sep="  ")
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def _key(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> Shape |
         or b.data_ptr() % proving.ALIGNMENT
         or b.dtype != dtype
         or dtype not in own.SUPPORTED_DTYPES
-        or (dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32")
+        or own.in_tf32(dtype)
     ):
         return None
     if bias is None:

@@ -61,7 +61,8 @@ if triton is not None:
         stride_bz, stride_bk, stride_bn,
         stride_cz, stride_cm, stride_cn,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-        EVEN_K: tl.constexpr, SWAP: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, FOLLOWS: tl.constexpr,
+        EVEN_K: tl.constexpr, SWAP: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+        FOLLOWS: tl.constexpr,
     ):  # fmt: skip
         """c[m, n] = round(bias[n] + sum over k ascending of a[m, k]·b[k, n]), one tile of one batch entry a program."""
         if FOLLOWS:
@@ -106,9 +107,9 @@ if triton is not None:
                     a = tl.load(a_at, mask=inside[None, :], other=0.0)
                     b = tl.load(b_at, mask=inside[:, None], other=0.0)
             if SWAP:
-                sums = tl.dot(b, a, sums, input_precision="ieee")
+                sums = tl.dot(b, a, sums, input_precision=PRECISION)
             else:
-                sums = tl.dot(a, b, sums, input_precision="ieee")
+                sums = tl.dot(a, b, sums, input_precision=PRECISION)
             a_at += BLOCK_K * stride_ak
             b_at += BLOCK_K * stride_bk
 
@@ -200,6 +201,9 @@ def gemm(
 ) -> torch.Tensor:
     """a [M, K] · b [K, N] + bias [N] → [M, N], all of one type of fp32, bf16 and fp16, any strides.
 
+    On a GPU, fp32 operands are cut to TF32 where ``torch.backends.cuda.matmul.fp32_precision`` is "tf32", as
+    ``torch.set_float32_matmul_precision("high")`` makes it: other bits, as batch invariant.
+
     Raises:
         ValueError: shapes, types or devices that do not go together.
     """
@@ -250,7 +254,16 @@ def _run(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, tile: Tile
         return _on_cpu(a, b, bias)
     if triton is None:
         raise RuntimeError(f"a GEMM on {a.device} needs Triton, which is not installed: `pip install triton`")
-    return _launch(a, b, bias, tile or tiles.choose(num_rows, num_columns, depth, a.dtype, *card(a.device)))
+    return _launch(a, b, bias, tile or _tile(num_rows, num_columns, depth, a.dtype, a.device))
+
+
+def _tile(num_rows: int, num_columns: int, depth: int, dtype: torch.dtype, device: torch.device) -> Tile:
+    return tiles.TF32 if in_tf32(dtype) else tiles.choose(num_rows, num_columns, depth, dtype, *card(device))
+
+
+def in_tf32(dtype: torch.dtype) -> bool:
+    """Whether products of this type are to be taken in TF32: fp32 ones, where torch's own switch asks for it."""
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def warm_up(a: torch.Tensor, b: torch.Tensor, *, tile: Tile) -> Any:
@@ -319,7 +332,7 @@ def _by_pointers(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, c:
     return _matmul_kernel, grid, operands, {
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_M": tile.group,
         "EVEN_K": depth % tile.k == 0, "SWAP": tile.swap, "HAS_BIAS": bias is not None, "WIDE": max(extents) >= 2**31,
-        "num_warps": tile.warps, "num_stages": tile.stages,
+        "PRECISION": "tf32" if in_tf32(a.dtype) else "ieee", "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
 
 

@@ -207,6 +207,52 @@ def test_depths_that_no_tile_divides(k, values):
         assert same_bits(y[-1:], ours.linear(x[-1:].clone(), w, bias))
 
 
+class TestTF32:
+    """One tile for any number of rows, where torch's switch asks for it."""
+
+    @pytest.fixture(autouse=True)
+    def asked_for(self):
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        yield
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+    @pytest.mark.parametrize("n, k", [(520, 1024), (264, 1000), (33, 41)])
+    @pytest.mark.parametrize("packed", [True, False])
+    def test_rows_keep_their_bits(self, values, n, k, packed):
+        x, w, bias = values(700, k), values(n, k, seed=1), values(n, seed=2)
+        b = w.t() if packed else w.t().contiguous()
+        x[5], x[77] = torch.nan, torch.inf
+        y = matmul.gemm(x, b, bias)
+        rest = [row for row in range(700) if row not in (5, 77)]
+        assert all(same_bits(matmul.gemm(x[row : row + 1], b, bias), y[row : row + 1]) for row in rest[::23])
+        for m in (2, 16, 64, 129, 300, 699):
+            assert same_bits(matmul.gemm(x[:m], b, bias)[6:70], y[:m][6:70])
+            shifted = torch.empty(m * k + 1, device="cuda")[1:].view(m, k).copy_(x[:m])
+            assert same_bits(matmul.gemm(shifted, b, bias)[6:70], y[:m][6:70])
+        for _ in range(100):
+            assert same_bits(matmul.gemm(x, b, bias)[rest], y[rest])
+
+    def test_it_is_what_runs_and_no_other_type_has_it(self, values):
+        x, w = values(64, 1024), values(512, 1024, seed=1)
+        exact = x.double() @ w.double().t()
+        errors = {}
+        for precision in ("tf32", "ieee"):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            errors[precision] = float((ours.linear(x, w).double() - exact).norm() / exact.norm())
+            halves = matmul.gemm(x.bfloat16(), w.bfloat16().t())
+            assert same_bits(halves, matmul.gemm(x.bfloat16(), w.bfloat16().t(), tile=tiles.SAFE))
+        assert errors["ieee"] < 1e-6 and 1e-5 < errors["tf32"] < 2e-3, errors
+
+    def test_the_mode_and_the_compiler_have_it_too(self, values):
+        w, x = values(512, 1024, seed=1), values(300, 1024)
+        expected = matmul.gemm(x, w.t())
+        with ours.set_batch_invariant_mode():
+            assert same_bits(x @ w.t(), expected)
+            compiled = torch.compile(lambda rows: F.linear(rows, w), fullgraph=True, dynamic=True)
+            for m in (300, 2, 1):
+                assert same_bits(compiled(x[:m]), expected[:m])
+
+
 def layer(values):
     w, bias, scale = (values(*shape, dtype=torch.bfloat16, seed=9) for shape in ((512, 1024), (512,), (1024,)))
 

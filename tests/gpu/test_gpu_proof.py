@@ -259,15 +259,17 @@ def test_the_users_choice(choice, vendor_runs, monkeypatch, forgetful, values):
     assert bool(calls.rows) is vendor_runs
 
 
-def test_tf32_products_of_a_user_are_not_taken_for_proven(forgetful, values):
+def test_products_in_tf32_are_not_taken_for_proven(forgetful, values):
     x, w = values(40, 256), values(320, 256)
     linear.prepare(w)
     expected = ours.linear(x, w)
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
-        assert same_bits(ours.linear(x, w), expected)
+        y = ours.linear(x, w)
+        assert same_bits(y, matmul.gemm(x, w.t())) and not same_bits(y, expected)
     finally:
         torch.backends.cuda.matmul.fp32_precision = "ieee"
+    assert same_bits(ours.linear(x, w), expected)
 
 
 def python(code, **env):

@@ -163,6 +163,17 @@ def test_other_forms_serve_neither_fp32_nor_entries_nor_an_old_triton(random, mo
     assert form_that_runs(a[0], b[0].t().contiguous().t(), tile=tile) == tiles.PLAIN
 
 
+def test_tf32_has_its_own_tile(random, monkeypatch):
+    """The interpreter multiplies in fp32 all the same."""
+    a, b = random(130, 40), random(40, 24)
+    expected = matmul.gemm(a, b, tile=tiles.TF32)
+    monkeypatch.setattr(matmul, "in_tf32", lambda dtype: dtype == torch.float32)
+    *_, options = matmul._call(a[None], b[None], None, a.new_empty(1, 130, 24), tiles.TF32)
+    assert options["PRECISION"] == "tf32"
+    for part in (a, a[:1], a[:129]):
+        assert same_bits(matmul.gemm(part, b), expected[: len(part)])
+
+
 def test_a_product_of_views_has_the_bits_of_their_copies(random):
     a, b, bias = random(40, 9).t(), random(33, 80)[:, ::2].t(), random(66)[::2]
     copies = [t.clone(memory_format=torch.contiguous_format) for t in (a, b, bias)]

@@ -1,0 +1,78 @@
+"""Products of fp32 in TF32: where torch's own switch asks for them, with one tile, and nowhere else."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from batch_invariant_ops import tiles
+from batch_invariant_ops.ops import matmul
+
+COMPILED = """
+import re, sys, torch
+from triton.runtime.driver import driver
+from batch_invariant_ops import tiles
+from batch_invariant_ops.ops import matmul
+from batch_invariant_ops.tuning.compiling import _Elsewhere
+
+driver.set_active(_Elsewhere(int(sys.argv[1])))
+for precision, tile in (("ieee", tiles.FP32), ("tf32", tiles.TF32)):
+    torch.backends.cuda.matmul.fp32_precision = precision
+    found = set()
+    for m in (1, 300):
+        for transposed in (False, True):
+            x, w = (torch.empty(*shape, device="meta") for shape in ((m, 512), (512, 640)))
+            kernel = matmul.warm_up(x, w.t().contiguous().t() if transposed else w, tile=tile)
+            found |= set(re.findall(r"(?:wgmma|mma|tcgen05|fma)\\S*f32\\b\\S*", kernel.asm["ptx"]))
+    print(*sorted(found))
+"""
+
+
+@pytest.fixture
+def switch():
+    """torch's own, as it was again at the end."""
+    matmul_settings = torch.backends.cuda.matmul
+    before = matmul_settings.fp32_precision
+    yield matmul_settings
+    torch.set_float32_matmul_precision("highest")
+    matmul_settings.fp32_precision = before
+
+
+def test_torchs_switch_decides_for_fp32_alone(switch):
+    for precision, asked in (("ieee", False), ("tf32", True), ("none", False)):
+        switch.fp32_precision = precision
+        assert matmul.in_tf32(torch.float32) is asked
+        assert not matmul.in_tf32(torch.bfloat16) and not matmul.in_tf32(torch.float16)
+
+
+def test_its_other_name_is_heard_too(switch):
+    torch.set_float32_matmul_precision("high")
+    assert matmul.in_tf32(torch.float32)
+    torch.set_float32_matmul_precision("highest")
+    assert not matmul.in_tf32(torch.float32)
+
+
+def test_any_number_of_rows_has_one_tile(switch):
+    def chosen():
+        return {matmul._tile(m, 640, 512, torch.float32, torch.device("cpu")) for m in (1, 17, 300, 8192)}
+
+    assert chosen() == {tiles.FP32}
+    switch.fp32_precision = "tf32"
+    assert chosen() == {tiles.TF32}
+
+
+@pytest.mark.parametrize(
+    "capability, tf32",
+    [
+        (80, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"),
+        (89, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"),
+        (90, "wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32"),
+        (120, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"),
+    ],
+)
+def test_a_card_has_one_instruction_for_each_whatever_the_rows_and_the_weights_layout(capability, tf32):
+    pytest.importorskip("triton")
+    command = [sys.executable, "-W", "ignore", "-c", COMPILED, str(capability)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines() == ["fma.rn.f32", tf32], done.stdout + done.stderr
