@@ -493,6 +493,9 @@ def _enable() -> None:
     if torch.cuda.is_available():
         from batch_invariant_ops import mode
 
+        asked = os.environ.get("VLLM_FLOAT32_MATMUL_PRECISION", "highest")
+        if asked != "highest":  # nor does vLLM's own mode
+            logger.warning("VLLM_FLOAT32_MATMUL_PRECISION=%s is not followed: fp32 is multiplied as it is", asked)
         mode.enable_batch_invariant_mode()
 
 

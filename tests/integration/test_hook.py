@@ -334,3 +334,22 @@ def test_compilation_ahead_of_time_is_for_who_asks_and_where_it_is_known_to_hold
     """vLLM's mode turns it off, also where it was asked for, and in the environment of every child."""
     done = python(AHEAD_OF_TIME, BATCH_INVARIANT="1", **asked)
     assert done.stdout.splitlines() == [here, on_a_gpu], done.stderr
+
+
+PRECISION = """
+import torch
+import vllm.envs
+from batch_invariant_ops import mode, vendor
+from batch_invariant_ops.integrations import vllm as integration
+vendor.prepare = mode.enable_batch_invariant_mode = lambda: None
+torch.cuda.is_available = lambda: True
+integration._enable()
+"""
+
+
+@needs_vllm
+@pytest.mark.parametrize("asked, said", [("high", True), ("highest", False), (None, False)])
+def test_a_precision_that_a_gpus_worker_does_not_follow_is_told(asked, said):
+    done = python(PRECISION, BATCH_INVARIANT="1", **({} if asked is None else {"VLLM_FLOAT32_MATMUL_PRECISION": asked}))
+    assert done.returncode == 0, done.stderr
+    assert (f"VLLM_FLOAT32_MATMUL_PRECISION={asked} is not followed" in done.stderr) is said
