@@ -243,8 +243,9 @@ class TestAll:
         assert content["reason"].startswith("mode stream: ")
 
     def test_each_has_its_control(self, serve, harness, tmp_path):
-        control = serve(rates={"token": 0.3}, faults_from=LOADED)
-        done, content, _ = self.run(harness, serve(), tmp_path, "--control-url", control.url)
+        control = serve(rates={"token": 0.5}, faults_from=LOADED)
+        enough = ("--requests", "300")  # needle compares 37 of them, of which one must differ
+        done, content, _ = self.run(harness, serve(), tmp_path, "--control-url", control.url, *enough)
         assert done.returncode == 0
         assert {part["control"]["verdict"] for part in content["modes"]} == {"fail"}
 
