@@ -26,6 +26,11 @@ LARGEST_BLOCK = 8192
 SMALLEST_BLOCK = 32
 
 
+def in_tf32(dtype: torch.dtype) -> bool:
+    """Whether products of this type are to be taken in TF32: fp32 ones, where torch's own switch asks for it."""
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def block_size(length: int) -> int:
     """Lanes that reduce a row of that length: the power of two that holds it, within bounds."""
     return min(LARGEST_BLOCK, max(SMALLEST_BLOCK, 1 << (length - 1).bit_length()))

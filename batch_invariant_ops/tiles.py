@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from batch_invariant_ops import reduction
+
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
@@ -250,7 +252,7 @@ class Table:
 def choose(num_rows: int, n: int, k: int, dtype: torch.dtype, gpu: str, capability: tuple[int, int]) -> Tile:
     """The tile for M rows of one shape and dtype on a card of that name and compute capability."""
     if dtype == torch.float32:
-        return FP32
+        return TF32 if reduction.in_tf32(dtype) else FP32
     table = table_of(gpu, capability)
     return SAFE if table is None else table.tile(num_rows, n, k)
 

@@ -42,7 +42,7 @@ def _persistent_kernel(
         )
 
 
-def matmul_one_tile(a, b, precision="ieee"):
+def matmul_one_tile(a, b, precision):
     """Thinking Machines' form: one persistent kernel, one tile for every M.
 
     That is 128 x 128 x 64, in fp16 128 x 256 x 64, in fp32 128 x 128 x 32. precision: of products of fp32, "tf32", as

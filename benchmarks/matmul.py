@@ -40,7 +40,6 @@ KIT_ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE"
 IMPLEMENTATIONS = {SHIPPED: "shipped", "auto": "kit", "triton": "kit", "thinking-machines": "kit", "vllm-0.33": "kit"}
 DTYPES = {"bf16": ("bfloat16", 2), "fp16": ("float16", 2), "fp32": ("float32", 4), "tf32": ("float32", 4)}
 """torch's name, and bytes of an element. tf32: torch's switch asks all implementations for that, else for IEEE."""
-HALVES = ("bf16", "fp16")
 LARGEST_OUTPUT = 2**30
 ROUNDS = 5
 CHECKED = 16
@@ -54,15 +53,15 @@ def implementation(name, dtype):
     """A function of (x, w) for one name; imported in the worker alone, after its environment was set."""
     import torch
 
+    if IMPLEMENTATIONS[name] == "kit":
+        from batch_invariant_ops import vendor
+        from batch_invariant_ops.ops import linear, matmul
+
+        vendor.prepare()
     precision = "tf32" if dtype == "tf32" else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision
     if name == SHIPPED:
         return torch.nn.functional.linear
-    from batch_invariant_ops import vendor
-    from batch_invariant_ops.ops import linear, matmul
-
-    vendor.prepare()
-    torch.backends.cuda.matmul.fp32_precision = precision
     if name == "auto":
         return linear.linear
     if name == "triton":
@@ -181,8 +180,8 @@ def measure(shapes, sizes, dtypes, all_names):
     workers = {environment: Worker(environment) for environment in dict.fromkeys(IMPLEMENTATIONS[n] for n in all_names)}
     versions = workers["shipped"].ask(do="versions")
     for dtype in dtypes:
-        names = [name for name in all_names if name != "vllm-0.33" or dtype in HALVES]
         itemsize = DTYPES[dtype][1]
+        names = [name for name in all_names if name != "vllm-0.33" or itemsize == 2]  # it has no tiles for others
         for model, n, k in shapes:
             for one in workers.values():
                 one.ask(do="shape", n=n, k=k, dtype=dtype)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from batch_invariant_ops import proving, tiles
+from batch_invariant_ops import proving, reduction, tiles
 from batch_invariant_ops.certificates import Case
 from batch_invariant_ops.ops import matmul as own
 from batch_invariant_ops.ops import opaque, vendor_gemm
@@ -123,7 +123,7 @@ def _key(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> Shape |
         or b.data_ptr() % proving.ALIGNMENT
         or b.dtype != dtype
         or dtype not in own.SUPPORTED_DTYPES
-        or own.in_tf32(dtype)
+        or reduction.in_tf32(dtype)
     ):
         return None
     if bias is None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from batch_invariant_ops import tiles
+from batch_invariant_ops import reduction, tiles
 from batch_invariant_ops.ops import dependent, specialised, vendor_gemm
 from batch_invariant_ops.ops.launching import Launcher, seen
 from batch_invariant_ops.ops.rows import on_device_of, row_step
@@ -254,16 +254,7 @@ def _run(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, tile: Tile
         return _on_cpu(a, b, bias)
     if triton is None:
         raise RuntimeError(f"a GEMM on {a.device} needs Triton, which is not installed: `pip install triton`")
-    return _launch(a, b, bias, tile or _tile(num_rows, num_columns, depth, a.dtype, a.device))
-
-
-def _tile(num_rows: int, num_columns: int, depth: int, dtype: torch.dtype, device: torch.device) -> Tile:
-    return tiles.TF32 if in_tf32(dtype) else tiles.choose(num_rows, num_columns, depth, dtype, *card(device))
-
-
-def in_tf32(dtype: torch.dtype) -> bool:
-    """Whether products of this type are to be taken in TF32: fp32 ones, where torch's own switch asks for it."""
-    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return _launch(a, b, bias, tile or tiles.choose(num_rows, num_columns, depth, a.dtype, *card(a.device)))
 
 
 def warm_up(a: torch.Tensor, b: torch.Tensor, *, tile: Tile) -> Any:
@@ -332,7 +323,8 @@ def _by_pointers(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, c:
     return _matmul_kernel, grid, operands, {
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_M": tile.group,
         "EVEN_K": depth % tile.k == 0, "SWAP": tile.swap, "HAS_BIAS": bias is not None, "WIDE": max(extents) >= 2**31,
-        "PRECISION": "tf32" if in_tf32(a.dtype) else "ieee", "num_warps": tile.warps, "num_stages": tile.stages,
+        "PRECISION": "tf32" if reduction.in_tf32(a.dtype) else "ieee",
+        "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from batch_invariant_ops import tiles
+from batch_invariant_ops import reduction, tiles
 from batch_invariant_ops.ops import matmul, rows
 from batch_invariant_ops.ops.log_softmax import log_softmax
 from batch_invariant_ops.ops.mean import mean
@@ -167,7 +167,7 @@ def test_tf32_has_its_own_tile(random, monkeypatch):
     """The interpreter multiplies in fp32 all the same."""
     a, b = random(130, 40), random(40, 24)
     expected = matmul.gemm(a, b, tile=tiles.TF32)
-    monkeypatch.setattr(matmul, "in_tf32", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(reduction, "in_tf32", lambda dtype: dtype == torch.float32)
     *_, options = matmul._call(a[None], b[None], None, a.new_empty(1, 130, 24), tiles.TF32)
     assert options["PRECISION"] == "tf32"
     for part in (a, a[:1], a[:129]):

@@ -6,8 +6,7 @@ import sys
 import pytest
 import torch
 
-from batch_invariant_ops import tiles
-from batch_invariant_ops.ops import matmul
+from batch_invariant_ops import reduction, tiles
 
 COMPILED = """
 import re, sys, torch
@@ -42,20 +41,20 @@ def switch():
 def test_torchs_switch_decides_for_fp32_alone(switch):
     for precision, asked in (("ieee", False), ("tf32", True), ("none", False)):
         switch.fp32_precision = precision
-        assert matmul.in_tf32(torch.float32) is asked
-        assert not matmul.in_tf32(torch.bfloat16) and not matmul.in_tf32(torch.float16)
+        assert reduction.in_tf32(torch.float32) is asked
+        assert not reduction.in_tf32(torch.bfloat16) and not reduction.in_tf32(torch.float16)
 
 
 def test_its_other_name_is_heard_too(switch):
     torch.set_float32_matmul_precision("high")
-    assert matmul.in_tf32(torch.float32)
+    assert reduction.in_tf32(torch.float32)
     torch.set_float32_matmul_precision("highest")
-    assert not matmul.in_tf32(torch.float32)
+    assert not reduction.in_tf32(torch.float32)
 
 
 def test_any_number_of_rows_has_one_tile(switch):
     def chosen():
-        return {matmul._tile(m, 640, 512, torch.float32, torch.device("cpu")) for m in (1, 17, 300, 8192)}
+        return {tiles.choose(m, 640, 512, torch.float32, "NVIDIA H200", (9, 0)) for m in (1, 17, 300, 8192)}
 
     assert chosen() == {tiles.FP32}
     switch.fp32_precision = "tf32"
