@@ -74,6 +74,7 @@ class Program:
 
     def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path | None = None) -> None:
         self.name, self.log = name, log
+        self.asked_to_end = False
         output = open(log, "wb") if log else None  # noqa: SIM115 - the child owns it, this copy is closed below
         try:
             self.process = subprocess.Popen(
@@ -90,7 +91,13 @@ class Program:
                 output.close()
 
     def ask_to_end(self) -> None:
-        """SIGTERM to the first process, which ends the others; to all of them where it is gone."""
+        """SIGTERM to the first process, which ends the others; to all of them where it is gone.
+
+        It is asked once: a second signal may come when it has put its handler away, and would kill it at its last work.
+        """
+        if self.asked_to_end:
+            return
+        self.asked_to_end = True
         with contextlib.suppress(ProcessLookupError):
             if self.process.poll() is None:
                 self.process.terminate()
