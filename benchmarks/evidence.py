@@ -71,6 +71,7 @@ JOBS = {
     "tests": job("-m pytest -rs tests/gpu -m gpu", 20, " passed"),
     "matmul": job("benchmarks/matmul.py --out {out}/matmul.csv", 10),
     "matmul-fp16": job("benchmarks/matmul.py --dtypes fp16 --quick --out {out}/matmul-fp16.csv", 5),
+    "matmul-fp32": job("benchmarks/matmul.py --dtypes fp32 tf32 --quick --out {out}/matmul-fp32.csv", 10),
     **{f"prove-{model}": proof(model) for model in ("llama-3.1-8b", "qwen3-8b")},
     "serving-attention": job(
         "benchmarks/serving.py --model {model} --kv-cache-gib 12 --out {out}/serving-attention --rounds 3 "
