@@ -26,7 +26,7 @@ serve: install ## Run the server in the foreground on the CPU (VLLM_MODEL, VLLM_
 	@MODEL_NAME='$(serve_model)' exec $(venv_python) vllm/demo.py --serve
 
 test: install-dev ## Run every test that needs no GPU, a real CPU server's control and proof among them
-	@exec $(venv_python) -m pytest
+	@exec $(venv_python) -m pytest -n 2
 
 check: install-dev ## Lint, format and types
 	$(venv_python) -m ruff check $(wildcard $(sources))

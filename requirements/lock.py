@@ -54,7 +54,7 @@ LOCKS = {
     "demo": Lock(("httpx", "jinja2", "matplotlib", "rich"), "2026-11-24", SERVING_PYTHONS, beside="cpu"),
     "dev": Lock(
         (
-            *("hypothesis", "atheris", "mypy", "openai", "pytest", "pytest-timeout", "ruff"),
+            *("hypothesis", "atheris", "mypy", "openai", "pytest", "pytest-timeout", "pytest-xdist", "ruff"),
             *("httpx", "jinja2", "matplotlib", "rich"),
         ),
         "2026-11-24",

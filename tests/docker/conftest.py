@@ -14,21 +14,6 @@ from fake_host import Host
 from kit import NAME, Kit, inspect
 from monitors import build_images
 
-MEASURED = pytest.StashKey[list[str]]()
-
-
-@pytest.fixture
-def measured(pytestconfig):
-    """Keep a line with a figure for the end of the run: no test judges by it."""
-    return pytestconfig.stash.setdefault(MEASURED, []).append
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    lines = config.stash.get(MEASURED, [])
-    if lines:
-        terminalreporter.section("measured in Docker")
-        terminalreporter.write_line("\n".join(lines))
-
 
 @pytest.fixture
 def host(tmp_path):
@@ -47,15 +32,13 @@ def engine():
 
 
 @pytest.fixture(scope="session")
-def kit(engine, pytestconfig, tmp_path_factory):
+def kit(engine, measured, tmp_path_factory):
     """The kit with the CPU stack's image built."""
     kit = Kit(tmp_path_factory.mktemp("kit"))
     kit.clean()
     began = time.monotonic()
     kit.make("vllm-build", timeout=1500)
-    pytestconfig.stash.setdefault(MEASURED, []).append(
-        f"make vllm-build STACK=cpu: {time.monotonic() - began:.0f} s (what was built before is kept)"
-    )
+    measured(f"make vllm-build STACK=cpu: {time.monotonic() - began:.0f} s (what was built before is kept)")
     yield kit
     kit.clean()
 

@@ -100,7 +100,7 @@ def test_a_busy_server_is_asked_again_when_it_says(serve, harness, tmp_path, fau
 
 
 def test_a_request_that_is_never_answered_fails_in_time(serve, harness, tmp_path):
-    done, content = reported(harness, serve(faults={50: "stall"}), tmp_path, "--timeout", "1")
+    done, content = reported(harness, serve(faults={50: "stall"}), tmp_path, "--timeout", "5")
     assert done.returncode == 1
     assert [failure["kind"] for failure in content["failures"]] == ["timeout"]
     assert content["answered"] == 99
