@@ -36,7 +36,7 @@ def inspect(name: str, template: str) -> str:
     return docker("inspect", "--format", template, name, check=False)
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: int = 120) -> None:
+def wait_until(condition: Callable[[], bool], what: str, seconds: int = 300) -> None:
     """Poll a condition; fail with its name once it has had its time."""
     pause = Event()
     for _ in range(seconds * 2):
@@ -102,7 +102,7 @@ class Kit:
 
     def wait_ready(self) -> None:
         command = [sys.executable, self.folder / "vllm" / "wait_ready.py", "--url", self.url, "--container", NAME]
-        done = subprocess.run([*command, "--seconds", "400"], env=self.env, capture_output=True, text=True, timeout=500)
+        done = subprocess.run([*command, "--seconds", "900"], env=self.env, capture_output=True, text=True, timeout=950)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr
 
     def request(self, path: str, body: dict | None = None, key: str | None = KEY) -> tuple[int, str]:

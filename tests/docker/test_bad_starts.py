@@ -5,7 +5,7 @@ import json
 import pytest
 from kit import IMAGE, NAME, docker, inspect, wait_until
 
-pytestmark = [pytest.mark.docker, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(1800)]
 DEMO = ("-e", "MODEL_NAME=demo")
 
 

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from kit import IMAGE, NAME, ROOT, docker, inspect
 
-pytestmark = [pytest.mark.docker, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(1800)]
 DOCUMENTS = ("README.md", "QUICKSTART_VLLM.md", "vllm/README.md")
 MODEL = "meta-llama/Llama-3.1-8B-Instruct"
 NO_HUB = "--env HF_ENDPOINT=http://127.0.0.1:9"

@@ -12,7 +12,7 @@ import pytest
 from kit import MODEL, ROOT, wait_until
 from monitors import Prometheus
 
-pytestmark = [pytest.mark.docker, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(1800)]
 MONITORING = ROOT / "vllm" / "monitoring"
 DASHBOARD = json.loads((MONITORING / "grafana" / "dashboards" / "vllm.json").read_text())
 QUERIES = [(panel["title"], target["expr"]) for panel in DASHBOARD["panels"] for target in panel["targets"]]

@@ -6,7 +6,7 @@ import shlex
 import pytest
 from kit import IMAGE, NAME, ROOT, docker, free_port, inspect
 
-pytestmark = [pytest.mark.docker, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(900)]
 GIVEN = {
     "MAX_MODEL_LEN": "1234",
     "HF_TOKEN": "hf_given",
