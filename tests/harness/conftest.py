@@ -1,7 +1,6 @@
 """Run the harness as its user does, against a server that misbehaves where it is told to."""
 
 import contextlib
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,18 +13,7 @@ for folder in (ROOT / "vllm", ROOT / "tests" / "harness"):
     sys.path.insert(0, str(folder))
 
 from fake_server import Behaviour, FakeServer, serving  # noqa: E402
-
-COMMAND = [sys.executable, str(ROOT / "vllm" / "test_determinism.py")]
-SHORT = ("--requests", "100", "--concurrency", "10", "--max-tokens", "16")
-ONE_PROMPT_TOKENS = 64
-ONE_PROMPT = ("--prompt", "one river two roads", "--background", "0", "--max-tokens", str(ONE_PROMPT_TOKENS))
-"""With this load request 0 is the probe, 1 the prompt alone, and from 2 on each is a copy under load."""
-
-
-def environment(**settings: str) -> dict[str, str]:
-    """This process's, without what would change the harness's own defaults."""
-    dropped = ("VLLM_PORT", "VLLM_API_KEY", "NO_COLOR")
-    return {name: value for name, value in os.environ.items() if name not in dropped} | settings
+from harness_kit import COMMAND, environment  # noqa: E402
 
 
 @pytest.fixture

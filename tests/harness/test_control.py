@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import SHORT
+from harness_kit import SHORT
 
 LOADED = 25
 """Later than the probe and every prompt alone."""

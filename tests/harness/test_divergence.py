@@ -4,10 +4,10 @@ import json
 import re
 
 import pytest
-from conftest import ONE_PROMPT, ONE_PROMPT_TOKENS, SHORT
 from determinism.compare import digests, first_difference, largest_difference, ulps
 from determinism.protocol import LEVELS, Answer
 from fake_server import WORDS, answer_tokens
+from harness_kit import ONE_PROMPT, ONE_PROMPT_TOKENS, SHORT
 
 PROMPT = ONE_PROMPT[1]
 FIRST_COPY = 2

@@ -5,9 +5,9 @@ import re
 import time
 
 import pytest
-from conftest import ONE_PROMPT, SHORT
 from determinism.client import Server, retry_after
 from determinism.settings import Target
+from harness_kit import ONE_PROMPT, SHORT
 
 ALONE, FIRST_COPY = 1, 2
 BROKEN = {

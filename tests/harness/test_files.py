@@ -6,8 +6,8 @@ import stat
 import xml.etree.ElementTree as ET
 
 import pytest
-from conftest import ONE_PROMPT, SHORT
 from determinism.files import write, write_json
+from harness_kit import ONE_PROMPT, SHORT
 
 
 def test_the_json_report_holds_all_that_the_run_saw(serve, harness, tmp_path):

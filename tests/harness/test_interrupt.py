@@ -6,7 +6,7 @@ import signal
 import subprocess
 
 import pytest
-from conftest import COMMAND, ONE_PROMPT, environment
+from harness_kit import COMMAND, ONE_PROMPT, environment
 
 LONG = ("--requests", "1000000", "--concurrency", "5", "--max-tokens", "8")
 

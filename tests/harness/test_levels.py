@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import SHORT
+from harness_kit import SHORT
 
 OFFERS = {
     "vllm": ({}, "logprobs", None),

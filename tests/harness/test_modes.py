@@ -10,13 +10,13 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 
 import pytest
-from conftest import COMMAND, ROOT, SHORT, environment
 from determinism.client import Server
 from determinism.errors import Unreachable
 from determinism.modes import MODES, NEEDLE_IN, TEMPERATURE
 from determinism.probe import probe
 from determinism.restart import Restarter
 from determinism.settings import Settings, Target
+from harness_kit import COMMAND, ROOT, SHORT, environment
 from test_settings import is_usage_error
 
 LOAD = (*SHORT, "--max-tokens", "64", "--background", "0")

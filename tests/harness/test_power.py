@@ -6,11 +6,11 @@ import random
 from dataclasses import replace
 
 import pytest
-from conftest import SHORT
 from determinism.power import COMPANY, HAZARD, NOISE, changes, estimate, leads
 from determinism.protocol import Answer, Request
 from determinism.tally import Tally
 from fake_server import single
+from harness_kit import SHORT
 
 GREEDY, DRAWN = Request("a", 8), Request("a", 8, temperature=0.8, seed=1)
 

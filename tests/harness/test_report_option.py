@@ -2,7 +2,7 @@
 
 import re
 
-from conftest import SHORT
+from harness_kit import SHORT
 from test_settings import is_usage_error
 
 OTHER_FILES = re.compile(r"//[a-z]|<script|<link|<img|@import|url\((?!#)")

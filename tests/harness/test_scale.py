@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import COMMAND, ROOT, environment
+from harness_kit import COMMAND, ROOT, environment
 from local_server import Programs, free_port, wait_until_ready
 
 REQUESTS, CONCURRENCY = 10_000, 1_000

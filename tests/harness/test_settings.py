@@ -4,7 +4,7 @@ import json
 import socket
 
 import pytest
-from conftest import SHORT
+from harness_kit import SHORT
 
 
 def is_usage_error(done, *words: str) -> bool:

@@ -7,7 +7,7 @@ import re
 import subprocess
 
 import pytest
-from conftest import COMMAND, ONE_PROMPT, SHORT, environment
+from harness_kit import COMMAND, ONE_PROMPT, SHORT, environment
 
 RULE = "─" * 64
 
