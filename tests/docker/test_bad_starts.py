@@ -69,4 +69,6 @@ def test_docker_waits_longer_before_each_new_try(nothing_running):
     events = [json.loads(line) for line in docker("events", "--since", begin, "--until", end, *form).splitlines()]
     times = [event["timeNano"] for event in events if event["status"] in ("die", "start")]
     pauses = [start - die for die, start in zip(times[1::2], times[2::2], strict=False)]
-    assert len(pauses) >= 5 and pauses[4] > 3 * pauses[0], pauses
+    # Docker's own wait is 0.1 s, then twice the one before: 3.2 s before the sixth. The container's start is in each
+    # pause, too, most of a second on a busy machine.
+    assert len(pauses) >= 6 and pauses[5] > 1.6e9, pauses
