@@ -74,7 +74,6 @@ class Program:
 
     def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path | None = None) -> None:
         self.name, self.log = name, log
-        self.asked_to_end = False
         output = open(log, "wb") if log else None  # noqa: SIM115 - the child owns it, this copy is closed below
         try:
             self.process = subprocess.Popen(
@@ -93,11 +92,8 @@ class Program:
     def ask_to_end(self) -> None:
         """SIGTERM to the first process, which ends the others; to all of them where it is gone.
 
-        It is asked once: a second signal may come when it has put its handler away, and would kill it at its last work.
+        Ask once: a second signal may come when it has put its handler away, and would kill it at its last work.
         """
-        if self.asked_to_end:
-            return
-        self.asked_to_end = True
         with contextlib.suppress(ProcessLookupError):
             if self.process.poll() is None:
                 self.process.terminate()
@@ -106,8 +102,12 @@ class Program:
 
     def stop(self) -> None:
         """End the session, politely first; returns when nothing of it runs."""
-        session = self.process.pid
         self.ask_to_end()
+        self.wait_for_end()
+
+    def wait_for_end(self) -> None:
+        """Return when nothing of a session that was asked to end runs; what still does after PATIENCE is killed."""
+        session = self.process.pid
         deadline = time.monotonic() + PATIENCE
         while members(session):
             self.process.poll()
@@ -150,7 +150,7 @@ class Programs(contextlib.AbstractContextManager):
         for program in self.started:
             program.ask_to_end()
         for program in self.started:
-            program.stop()
+            program.wait_for_end()
         for number, handler in previous.items():
             signal.signal(number, handler)
 

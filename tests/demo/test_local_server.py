@@ -70,28 +70,17 @@ def test_a_failure_in_the_block_ends_them_too(tmp_path):
     assert not any(map(runs, processes))
 
 
-LAST_WORK = """
-import signal, sys, time
-def end(*_):
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    print("asked to end", flush=True)
-    time.sleep(float(sys.argv[1]))
-    print("its last work is done", flush=True)
-    sys.exit()
-signal.signal(signal.SIGTERM, end)
-print("running 0", flush=True)
-signal.pause()
-"""
-
-
-def test_a_program_is_asked_to_end_once_and_left_at_its_last_work(tmp_path):
-    """The second is still at it when the first has ended and its own turn to be waited for comes."""
+def test_each_is_asked_to_end_once(monkeypatch, tmp_path):
+    """They are deaf, so that each still runs whenever a second signal could be sent."""
+    asked, send = [], subprocess.Popen.send_signal
+    monkeypatch.setattr(
+        subprocess.Popen, "send_signal", lambda process, number: (asked.append(process.pid), send(process, number))
+    )
     with Programs() as programs:
-        for name, seconds in (("first", "0.3"), ("second", "0.9")):
-            command = [sys.executable, "-c", LAST_WORK, seconds]
-            wait_for_lines(programs.start(name, command, os.environ, tmp_path / name).log, 1)
-    for name in ("first", "second"):
-        assert (tmp_path / name).read_text().splitlines()[1:] == ["asked to end", "its last work is done"]
+        for name in ("first", "second"):
+            (tmp_path / name).mkdir()
+            wait_for_lines(start_tree(programs, tmp_path / name, "0", "deaf").log, 1)
+    assert asked == [program.process.pid for program in programs.started]
 
 
 DEMO = """

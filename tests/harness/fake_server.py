@@ -456,11 +456,11 @@ def main() -> None:
         for name in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(name, ended.set)
         await ended.wait()
-        if arguments.counts is not None:  # while a signal is still no more than an event
-            names = ("requests", "answers", "most_connections", "prompts", "faults_by_name")
-            arguments.counts.write_text(json.dumps({name: getattr(server, name) for name in names}), encoding="utf-8")
 
     asyncio.run(until_ended())
+    if arguments.counts is not None:
+        names = ("requests", "answers", "most_connections", "prompts", "faults_by_name")
+        arguments.counts.write_text(json.dumps({name: getattr(server, name) for name in names}), encoding="utf-8")
 
 
 if __name__ == "__main__":

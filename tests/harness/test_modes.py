@@ -207,8 +207,8 @@ class TestRestart:
 def test_soak_goes_on_for_its_time_over_many_prompts(serve, harness, tmp_path):
     done, content = found(harness, serve(), tmp_path, "--mode", "soak", *BRIEFLY)
     assert "Testing determinism for 0.02 minutes (10 concurrent)" in done.stdout
-    assert content["loaded_seconds"] >= 1.2
-    assert content["answered"] > 32
+    assert 1.2 <= content["loaded_seconds"] < 10
+    assert content["answered"] > 100
     assert not content["partial"]
     assert len(content["prompts"]) == 32
 
