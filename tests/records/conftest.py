@@ -13,7 +13,8 @@ for folder in (ROOT / "vllm", ROOT / "tests" / "harness", ROOT / "tests" / "reco
     sys.path.insert(0, str(folder))
 
 from fake_server import Behaviour, FakeServer  # noqa: E402
-from record_server import COMMAND, FIELDS, PROMPTS, Fingerprinted, environment, running  # noqa: E402
+from harness_kit import COMMAND, environment  # noqa: E402
+from record_server import FIELDS, PROMPTS, Fingerprinted, running  # noqa: E402
 
 
 @pytest.fixture

@@ -3,17 +3,12 @@
 import asyncio
 import contextlib
 import functools
-import os
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 from fake_server import Behaviour, Connection, FakeServer
 
-ROOT = Path(__file__).resolve().parents[2]
-COMMAND = [sys.executable, str(ROOT / "vllm" / "test_determinism.py")]
 FIELDS = {"batch_invariant": True, "torch": "2.13.0", "threads": 4, "weights": "ab" * 32, "quantization": None}
 OTHER = "bi-ffffffffffffffff"
 PROMPTS = [f"prompt number {number}" for number in range(20)]
@@ -55,10 +50,6 @@ def running(server: FakeServer) -> Iterator[FakeServer]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
-
-
-def environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name not in ("VLLM_PORT", "VLLM_API_KEY", "NO_COLOR")}
 
 
 def refusal(done: subprocess.CompletedProcess[str]) -> str:

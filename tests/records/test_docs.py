@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from record_server import ROOT
+from harness_kit import ROOT
 
 DOCS = ROOT / "docs"
 yaml = pytest.importorskip("yaml", reason="PyYAML comes with vLLM")

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from record_server import ROOT, environment
+from harness_kit import ROOT, environment
 
 CHECK = """
 def test_prompts(deterministic_server):

@@ -9,7 +9,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from record_server import COMMAND, FIELDS, OTHER, PROMPTS, environment, refusal
+from harness_kit import COMMAND, environment
+from record_server import FIELDS, OTHER, PROMPTS, refusal
 
 PROBES = 1  # the harness's own request before the first prompt
 

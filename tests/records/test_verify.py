@@ -5,7 +5,8 @@ import signal
 import subprocess
 
 import pytest
-from record_server import COMMAND, OTHER, PROMPTS, environment, refusal
+from harness_kit import COMMAND, environment
+from record_server import OTHER, PROMPTS, refusal
 
 PROBES = 1
 PLACE = PROBES + 6  # the seventh answer
