@@ -193,11 +193,50 @@ def _powers(rows: int) -> tuple[int, ...]:
 SAFE = Tile(m=64, n=64, k=32, warps=4, stages=3)
 FP32 = Tile(m=64, n=64, k=32, warps=4, stages=2)
 TF32 = Tile(m=128, n=128, k=32, warps=8, stages=3)
-"""For any number of rows: that another tile has its bits was not seen yet."""
+"""For any number of rows, on cards where no other tile was seen to have its bits."""
 Bands = tuple[tuple[int, Tile], ...]
 Ranges = tuple[tuple[int, int], ...]
 Ranks = tuple[tuple[int, int], ...]
 """(M that was measured, place of the fastest kernel in cuBLASLt's own order there), ascending."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast an H200 works by a tile of fp32: on `together` programs a multiprocessor at once, in some time."""
+
+    tile: Tile
+    together: int
+    us: float
+    """Microseconds that they take for 4096 of K."""
+
+    def time(self, num_rows: int, n: int) -> float:
+        """Of all programs, one round after another."""
+        programs = -(-num_rows // self.tile.m) * -(-n // self.tile.n)
+        return -(-programs // (self.together * HOPPER_MULTIPROCESSORS)) * self.us
+
+
+HOPPER_MULTIPROCESSORS = 132
+HOPPER_FP32 = (
+    Pace(Tile(m=16, n=16, k=64, warps=2, stages=4), 1, 102),
+    Pace(Tile(m=32, n=16, k=64, warps=2, stages=4), 1, 117),
+    Pace(Tile(m=16, n=32, k=64, warps=4, stages=4), 1, 147),
+    Pace(Tile(m=16, n=64, k=32, warps=4, stages=4), 1, 165),
+    Pace(Tile(m=16, n=128, k=32, warps=4, stages=3), 1, 299),
+    Pace(Tile(m=32, n=128, k=16, warps=4, stages=4), 1, 350),
+    Pace(Tile(m=128, n=64, k=16, warps=4, stages=3), 1, 450),
+    Pace(Tile(m=64, n=128, k=16, warps=4, stages=3), 1, 465),
+    Pace(Tile(m=128, n=128, k=32, warps=8, stages=3), 1, 797),
+    Pace(Tile(m=128, n=256, k=16, warps=8, stages=3), 1, 1343),
+)
+HOPPER_TF32 = (
+    Pace(Tile(m=16, n=64, k=64, warps=4, stages=4, swap=True), 2, 27),
+    Pace(Tile(m=32, n=64, k=64, warps=4, stages=4, swap=True), 2, 30),
+    Pace(Tile(m=64, n=64, k=64, warps=4, stages=3, swap=True), 2, 42),
+    Pace(Tile(m=64, n=64, k=32, warps=4, stages=4), 3, 54),
+    Pace(Tile(m=64, n=128, k=32, warps=4, stages=4), 2, 60),
+    Pace(Tile(m=128, n=128, k=32, warps=8, stages=4), 1, 56),
+    Pace(Tile(m=128, n=256, k=32, warps=8, stages=3), 1, 95),
+)
 
 
 @dataclass(frozen=True)
@@ -252,9 +291,17 @@ class Table:
 def choose(num_rows: int, n: int, k: int, dtype: torch.dtype, gpu: str, capability: tuple[int, int]) -> Tile:
     """The tile for M rows of one shape and dtype on a card of that name and compute capability."""
     if dtype == torch.float32:
-        return TF32 if reduction.in_tf32(dtype) else FP32
+        in_tf32 = reduction.in_tf32(dtype)
+        if capability != (9, 0):
+            return TF32 if in_tf32 else FP32
+        return _fastest(in_tf32, num_rows, n)
     table = table_of(gpu, capability)
     return SAFE if table is None else table.tile(num_rows, n, k)
+
+
+@functools.lru_cache(maxsize=4096)
+def _fastest(in_tf32: bool, num_rows: int, n: int) -> Tile:
+    return min(HOPPER_TF32 if in_tf32 else HOPPER_FP32, key=lambda pace: pace.time(num_rows, n)).tile
 
 
 def faster(n: int, k: int, dtype: torch.dtype, gpu: str, capability: tuple[int, int]) -> Ranges:

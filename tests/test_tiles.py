@@ -213,8 +213,21 @@ def test_a_specialised_tile_has_a_copying_one_for_where_it_does_not_serve(swap, 
     assert general.shared_memory() <= SHARED_MEMORY[9, 0] * 1024
 
 
-def test_fp32_runs_one_tile_everywhere():
-    assert {tiles.choose(m, 8, 8, torch.float32, "NVIDIA H200", (9, 0)) for m in (1, 64, 8192)} == {tiles.FP32}
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
+def test_fp32_runs_one_tile_where_no_others_bits_were_seen(capability):
+    assert {tiles.choose(m, 8, 8, torch.float32, "a card", capability) for m in (1, 64, 8192)} == {tiles.FP32}
+
+
+@pytest.mark.parametrize("num_rows, n, m_and_n", [(1, 4096, (16, 32)), (64, 4096, (16, 128)), (2048, 4096, (128, 256))])
+def test_on_hopper_it_runs_the_one_that_took_least_time(num_rows, n, m_and_n):
+    tile = tiles.choose(num_rows, n, 4096, torch.float32, "NVIDIA H200", (9, 0))
+    assert (tile.m, tile.n) == m_and_n
+    assert tile in {pace.tile for pace in tiles.HOPPER_FP32}
+
+
+def test_a_round_is_of_as_many_programs_as_run_at_once():
+    pace = tiles.Pace(Tile(64, 128, 32, 4, 2), together=2, us=10)
+    assert [pace.time(m, 128 * 132) for m in (1, 64, 128, 129, 256, 257)] == [10, 10, 10, 20, 20, 30]
 
 
 @pytest.mark.parametrize(

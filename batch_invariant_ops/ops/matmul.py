@@ -93,6 +93,8 @@ if triton is not None:
             b_at = b_ptr + ks[:, None] * stride_bk + safe_columns[None, :] * stride_bn
             sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
 
+        # times 0.0 it leaves a sum of fp32 as it is, also one of -0.0, as of products that are too small for fp32
+        NOTHING: tl.constexpr = -0.0 if a_ptr.dtype.element_ty == tl.float32 else 0.0
         # never 0, else there is a way around the loop, for which ptxas has each wgmma wait for the one before
         for k in range(0, tl.maximum(tl.cdiv(K, BLOCK_K), 1)):
             if EVEN_K:
@@ -101,10 +103,10 @@ if triton is not None:
             else:
                 inside = ks < K - k * BLOCK_K
                 if SWAP:
-                    a = tl.load(a_at, mask=inside[:, None], other=0.0)
+                    a = tl.load(a_at, mask=inside[:, None], other=NOTHING)
                     b = tl.load(b_at, mask=inside[None, :], other=0.0)
                 else:
-                    a = tl.load(a_at, mask=inside[None, :], other=0.0)
+                    a = tl.load(a_at, mask=inside[None, :], other=NOTHING)
                     b = tl.load(b_at, mask=inside[:, None], other=0.0)
             if SWAP:
                 sums = tl.dot(b, a, sums, input_precision=PRECISION)

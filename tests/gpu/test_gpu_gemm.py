@@ -207,14 +207,36 @@ def test_depths_that_no_tile_divides(k, values):
         assert same_bits(y[-1:], ours.linear(x[-1:].clone(), w, bias))
 
 
+@pytest.fixture
+def switch():
+    """torch's own between fp32 as it is and TF32."""
+    yield torch.backends.cuda.matmul
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
+@pytest.mark.parametrize(
+    "precision, one, paces", [("ieee", tiles.FP32, tiles.HOPPER_FP32), ("tf32", tiles.TF32, tiles.HOPPER_TF32)]
+)
+@pytest.mark.parametrize("n, k", [(520, 1024), (264, 1000), (896, 4864), (33, 41)])
+def test_every_tile_of_fp32_has_the_bits_of_the_one_that_other_cards_run(switch, precision, one, paces, n, k):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the tiles are for sm_90")
+    switch.fp32_precision = precision
+    x, w, bias = probe(300, n, k, torch.float32, GPU, True)
+    small = 2.0**-80  # whose products fp32 cannot hold
+    for a, b, c in ((x, w.t(), bias), (x, w.t().contiguous(), None), (x * small, w.t() * small, None)):
+        expected = matmul.gemm(a, b, c, tile=one)
+        for pace in paces:
+            for m in (1, 17, 300):
+                assert same_bits(matmul.gemm(a[:m], b, c, tile=pace.tile), expected[:m]), (pace, m)
+
+
 class TestTF32:
-    """One tile for any number of rows, where torch's switch asks for it."""
+    """Where torch's switch asks for it."""
 
     @pytest.fixture(autouse=True)
-    def asked_for(self):
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-        yield
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
+    def asked_for(self, switch):
+        switch.fp32_precision = "tf32"
 
     @pytest.mark.parametrize("n, k", [(520, 1024), (264, 1000), (33, 41)])
     @pytest.mark.parametrize("packed", [True, False])
