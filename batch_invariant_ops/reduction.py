@@ -3,7 +3,8 @@
 A GEMM's element, y = x·Wᵀ (+ b), is one fp32 sum with k ascending in the tensor core's own steps, K never split; the
 bias joins in fp32; one rounding to the output type. Its tile, warps, stages and operand order are free
 (:mod:`batch_invariant_ops.tiles`). fp32 operands are multiplied as they are, each product and sum rounded once (IEEE's
-fused multiply-add); where torch's switch asks for TF32, a GPU cuts them to that first, and the tile is one.
+fused multiply-add); where torch's switch asks for TF32, a GPU cuts them to that first. In fp32
+the tile is one but on sm_90, where others were seen to have its bits.
 
 A row reduction (norm, softmax, mean) runs in fp32, in an order that follows from the row's length and type alone:
 

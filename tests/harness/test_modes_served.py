@@ -18,7 +18,7 @@ from determinism.probe import forms
 from determinism.protocol import Request
 from determinism.settings import Target
 from fake_server import next_single
-from real_server import KEY, MODEL, SECONDS, harness, harness_command, harness_environment, needs_server
+from real_server import KEY, MODEL, ON_GPU, SECONDS, harness, harness_command, harness_environment, needs_server
 from tap import Tap, tapped
 
 TOKENS = 48
@@ -27,7 +27,7 @@ LOAD = ("--requests", REQUESTS, "--concurrency", 12, "--max-tokens", TOKENS)
 SHORT = ("--background", 0, *(word for prompt in range(6) for word in ("--prompt", f"the river number {prompt}")))
 """A plan for prompts that are never computed in pieces. vLLM's CPU build ends with "CPU Generator does not use offset"
 where it does that to a request with a seed, batch-invariant or not."""
-OPTIONS = {"same": (), "mixed": (), "needle": (), "prefix": (), "stream": (), "seeded": SHORT}
+OPTIONS = {"same": (), "mixed": (), "needle": (), "prefix": (), "stream": (), "seeded": () if ON_GPU else SHORT}
 NOTHING_BESIDE = ("--requests", 8, "--concurrency", 4, "--max-tokens", 8, "--background", 0, "--min-power", 0)
 
 
