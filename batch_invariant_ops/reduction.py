@@ -3,8 +3,8 @@
 A GEMM's element, y = x·Wᵀ (+ b), is one fp32 sum with k ascending in the tensor core's own steps, K never split; the
 bias joins in fp32; one rounding to the output type. Its tile, warps, stages and operand order are free
 (:mod:`batch_invariant_ops.tiles`). fp32 operands are multiplied as they are, each product and sum rounded once (IEEE's
-fused multiply-add); where torch's switch asks for TF32, a GPU cuts them to that first. Of either the tile is one, but on
-sm_90, where others were seen to have its bits.
+fused multiply-add); where torch's switch asks for TF32, a GPU cuts them to that first. Of either the tile is one,
+but on sm_90, where others were seen to have its bits.
 
 A row reduction (norm, softmax, mean) runs in fp32, in an order that follows from the row's length and type alone:
 
@@ -22,8 +22,10 @@ from __future__ import annotations
 import torch
 
 CONTRACT_VERSION = 2
-"""Part of every fingerprint; raised whenever a change to this contract changes a bit of any operation's result: 2, as an
-fp32 sum of -0.0 on a GPU stays -0.0, whatever K."""
+"""Part of every fingerprint; raised whenever a change to this contract changes a bit of any operation's result.
+
+2: an fp32 sum of -0.0 stays -0.0 on a GPU, whatever K.
+"""
 LARGEST_BLOCK = 8192
 SMALLEST_BLOCK = 32
 

@@ -27,7 +27,7 @@ for precision, one, hopper in (("ieee", tiles.FP32, tiles.HOPPER_FP32), ("tf32",
             found |= set(re.findall(r"(?:wgmma|mma|tcgen05|fma)\\S*f32\\b\\S*", kernel.asm["ptx"]))
     print(*sorted({re.sub(r"(m64)n\\d+(k8)", r"\\1\\2", name) for name in found}))
 """
-"""wgmma's second operand may be of any width, by which no sum of the first's rows is another."""
+"""The width of wgmma's second operand is left out of its name: it is how many sums there are, not how one is made."""
 
 
 @pytest.fixture
