@@ -125,6 +125,10 @@ class Tile:
         """The power or the two powers of two that make :attr:`thin`, the larger first."""
         return _powers(self.thin)
 
+    def programs(self, num_rows: int, num_columns: int) -> int:
+        """Tiles of a result [num_rows, num_columns], each a program's unless programs go from tile to tile."""
+        return -(-num_rows // self.m) * -(-num_columns // self.n)
+
     @property
     def fed(self) -> int:
         """Of a specialised tile: the rows that wgmma reads; beyond the tile's own, whatever lies there."""
@@ -211,8 +215,7 @@ class Pace:
 
     def time(self, num_rows: int, n: int) -> float:
         """Of all programs, one round after another."""
-        programs = -(-num_rows // self.tile.m) * -(-n // self.tile.n)
-        return -(-programs // (self.together * HOPPER_MULTIPROCESSORS)) * self.us
+        return -(-self.tile.programs(num_rows, n) // (self.together * HOPPER_MULTIPROCESSORS)) * self.us
 
 
 HOPPER_MULTIPROCESSORS = 132

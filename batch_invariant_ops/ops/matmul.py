@@ -320,7 +320,7 @@ def _by_pointers(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, c:
     extents = (t.numel() if t.is_contiguous() else _extent(t) for t in (a, b, c))
     # one entry's stride would be M*K, by which Triton would compile anew for some numbers of rows
     strides = [t.stride() if entries > 1 else (0, *t.stride()[1:]) for t in (a, b, c)]
-    grid = (triton.cdiv(num_rows, tile.m) * triton.cdiv(num_columns, tile.n), entries)
+    grid = (tile.programs(num_rows, num_columns), entries)
     operands = (a, b, bias, c, num_rows, num_columns, depth, *strides[0], *strides[1], *strides[2])
     return _matmul_kernel, grid, operands, {
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_M": tile.group,
@@ -335,7 +335,7 @@ def _by_copies(a: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, c: t
     (num_rows, depth), num_columns = a.shape, w.shape[0]
     blocks = ((a, tile.m, tile.k), (w, tile.n, tile.k), (c, tile.m, tile.n // tile.parts))
     described = [TensorDescriptor(t, [*t.shape], [row_step(t), 1], [height, width]) for t, height, width in blocks]
-    programs = triton.cdiv(num_rows, tile.m) * triton.cdiv(num_columns, tile.n)
+    programs = tile.programs(num_rows, num_columns)
     if tile.stays:
         programs = min(programs, _multiprocessors(a.device) * tile.residents)
     operands = (described[0], described[1], bias, described[2], num_rows, num_columns, depth)

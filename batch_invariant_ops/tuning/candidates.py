@@ -192,7 +192,7 @@ def guess(tile: Tile, m: int, n: int, k: int, card: Card) -> float:
 
     Good enough to say which few dozen of hundreds to measure, never to choose among those.
     """
-    programs = -(-m // tile.m) * -(-n // tile.n)
+    programs = tile.programs(m, n)
     if tile.form == SPECIALISED:
         share = card.shared_memory // tile.shared_memory()
         resident = max(1, min(share, -(-programs // card.multiprocessors)))

@@ -9,7 +9,7 @@ import torch
 from batch_invariant_ops import reduction, tiles
 
 COMPILED = """
-import re, sys, torch
+import itertools, re, sys, torch
 from triton.runtime.driver import driver
 from batch_invariant_ops import tiles
 from batch_invariant_ops.ops import matmul
@@ -21,13 +21,14 @@ for precision, one, hopper in (("ieee", tiles.FP32, tiles.HOPPER_FP32), ("tf32",
     torch.backends.cuda.matmul.fp32_precision = precision
     found = set()
     for tile in [one, *(pace.tile for pace in hopper if arch == 90)]:
-        for transposed in (False, True):
-            x, w = (torch.empty(*shape, device="meta") for shape in ((300, 512), (512, 640)))
+        for m, transposed in itertools.product((1, 300), (False, True)):
+            x, w = (torch.empty(*shape, device="meta") for shape in ((m, 512), (512, 640)))
             kernel = matmul.warm_up(x, w.t().contiguous().t() if transposed else w, tile=tile)
             found |= set(re.findall(r"(?:wgmma|mma|tcgen05|fma)\\S*f32\\b\\S*", kernel.asm["ptx"]))
-    print(*sorted({re.sub(r"(m64)n\\d+(k8)", r"\\1\\2", name) for name in found}))
+    print(*sorted(found))
 """
-"""The width of wgmma's second operand is left out of its name: it is how many sums there are, not how one is made."""
+WIDTHS = (128, 16, 256, 32, 64)
+"""Of wgmma's second operand, in the order of its names: how many sums there are, not how one is made."""
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def test_its_tiles_are_others_than_those_of_fp32_as_it_is(switch):
     [
         (80, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"),
         (89, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"),
-        (90, "wgmma.mma_async.sync.aligned.m64k8.f32.tf32.tf32"),
+        (90, " ".join(f"wgmma.mma_async.sync.aligned.m64n{n}k8.f32.tf32.tf32" for n in WIDTHS)),
         (120, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"),
     ],
 )
